@@ -1,0 +1,110 @@
+"""Files that are either whole or absent, and tables of numbers read back from them."""
+
+import contextlib
+import csv
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def write_whole(path, mode="w"):
+    """Open a file that appears at its path only once it is written completely.
+
+    It is written beside, flushed to the disk and renamed: whoever reads the path sees the old content
+    or the new one, never a part, also after a kill or on a full disk. If the block raises, the temporary
+    file is removed and the old content stays.
+
+    Arguments
+    ---------
+    path : str or Path
+        Where the file shall be; its folder must exist.
+    mode : str
+        ``w`` for UTF-8 text whose line ends stay as given (as :mod:`csv` asks for), ``wb`` for bytes.
+
+    Yields
+    ------
+    io.IOBase
+        The open temporary file.
+
+    Raises
+    ------
+    ValueError
+        If the mode is neither ``w`` nor ``wb``.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> with write_whole(path) as stream:
+    ...     _ = stream.write("whole")
+    >>> path.read_text(), os.listdir(path.parent)
+    ('whole', ['note.txt'])
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode can only be 'w' or 'wb', but got {mode!r}.")
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text_options = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
+    try:
+        with open(beside, mode, **text_options) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_table(path, key):
+    """Read a CSV table of numbers, one row per key.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file, whose header starts with the name of the key.
+    key : str
+        The name of the first column.
+
+    Returns
+    -------
+    list of (str, dict)
+        Of each row the key as it stands, and its numbers by column; an empty cell is NaN.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing or is no such table.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "table.csv"
+    >>> _ = path.write_text("id,si_sdr,sdr\\nmix_1,9.5,\\n")
+    >>> read_table(path, "id")
+    [('mix_1', {'si_sdr': 9.5, 'sdr': nan})]
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            lines = [line for line in csv.reader(stream) if line]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV table: {error}.") from error
+    if not lines or lines[0][0] != key:
+        raise ValueError(
+            f"{path} is no table by {key!r}: its header is {','.join(lines[0]) if lines else ''!r}."
+        )
+    header = lines[0]
+    rows = []
+    for line in lines[1:]:
+        if len(line) != len(header):
+            raise ValueError(f"{path} has {len(header)} columns, but the row {line[0]!r} has {len(line)}.")
+        try:
+            cells = [float(cell) if cell else float("nan") for cell in line[1:]]
+        except ValueError as error:
+            raise ValueError(
+                f"{path} has a cell that is no number in the row {line[0]!r}: {error}."
+            ) from None
+        rows.append((line[0], dict(zip(header[1:], cells, strict=True))))
+    return rows

@@ -1,0 +1,301 @@
+"""Permutation-invariant and layer-wise losses on SI-SDR. Losses are negative SI-SDR in dB."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsd_modules.permutation import solve_assignment
+
+# Bounds SI-SDR to +-100 dB and its gradient at a perfect or orthogonal estimate.
+_EPS = 1e-10
+# A reference whose AC energy is below this share of its whole energy is silent (digital silence or a constant).
+_SILENCE = 1e-10
+# Estimates 240 dB below the reference count as silent, which bounds their gradient.
+_ESTIMATE_FLOOR = 1e-24
+
+
+@dataclass
+class PITResult:
+    """What permutation-invariant training needs of a batch; ``...`` stands for an optional axis of blocks.
+
+    ``loss [..., B]`` is the mean over speakers under the best assignment in dB, ``perm [..., B, N]`` that
+    assignment, ``loss_matrix [..., B, N_ref, N_est]`` the loss of every pair in dB.
+    """
+
+    loss: torch.Tensor
+    perm: torch.Tensor
+    loss_matrix: torch.Tensor
+
+
+@dataclass
+class LayerwiseResult:
+    """``loss [B]`` is the weighted sum of ``block_losses [L, B]``, both in dB."""
+
+    loss: torch.Tensor
+    block_losses: torch.Tensor
+
+
+def length_mask(lengths, num_samples):
+    """Which samples belong to each item.
+
+    Arguments
+    ---------
+    lengths : torch.Tensor
+        Samples, ``[B]``.
+    num_samples : int
+        ``T`` of the padded batch.
+
+    Returns
+    -------
+    torch.Tensor
+        Boolean, ``[B, 1, T]``.
+
+    Example
+    -------
+    >>> length_mask(torch.tensor([1, 3]), 3).int()
+    tensor([[[1, 0, 0]],
+    <BLANKLINE>
+            [[1, 1, 1]]], dtype=torch.int32)
+    """
+    samples = torch.arange(num_samples, device=lengths.device)
+    return (samples < lengths.unsqueeze(-1)).unsqueeze(-2)
+
+
+def _masked_double(signal, lengths):
+    """The signal in float64 without its padding, and each item's number of samples ``[B, 1]`` (or one number).
+
+    Float64 keeps the closed form of SI-SDR exact to over 90 dB; autocast leaves it alone.
+    """
+    if lengths is None:
+        return signal.double(), signal.shape[-1]
+    lengths = lengths.to(signal.device)
+    mask = length_mask(lengths, signal.shape[-1])
+    return torch.where(mask, signal, 0.0).double(), lengths.clamp(min=1).unsqueeze(-1)
+
+
+def _ac_energy(signal, num_samples):
+    """The energy without the mean, and the mean: both ``[..., N]``."""
+    mean = signal.sum(-1) / num_samples
+    energy = signal.square().sum(-1)
+    return (energy - num_samples * mean.square()).clamp(min=0), energy, mean
+
+
+def is_silent(ref, lengths=None):
+    """Which sources are silent: digital silence, or a constant.
+
+    Arguments
+    ---------
+    ref : torch.Tensor
+        References, ``[B, N, T]``.
+    lengths : torch.Tensor, optional
+        Samples, ``[B]``.
+
+    Returns
+    -------
+    torch.Tensor
+        Boolean, ``[B, N]``.
+
+    Example
+    -------
+    >>> is_silent(torch.tensor([[[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 2.0]]]))
+    tensor([[ True,  True, False]])
+    """
+    ref, num_samples = _masked_double(ref, lengths)
+    ac_energy, energy, _ = _ac_energy(ref, num_samples)
+    return ac_energy <= _SILENCE * energy
+
+
+def pairwise_neg_si_sdr(est, ref, lengths=None):
+    """Negative scale-invariant SDR of every pair of reference and estimate (Le Roux et al. 2019, zero mean).
+
+    With ``c`` the cosine between the zero-mean signals, SI-SDR is ``10 log10(c^2 / (1 - c^2))``, so one product
+    of matrices gives all pairs.
+
+    Arguments
+    ---------
+    est : torch.Tensor
+        Estimates, ``[..., B, N, T]``; leading axes (blocks) share the references.
+    ref : torch.Tensor
+        References, ``[B, N, T]``.
+    lengths : torch.Tensor, optional
+        Samples of each item, ``[B]``; what lies beyond never changes the value. None: all ``T``.
+
+    Returns
+    -------
+    loss_matrix : torch.Tensor
+        ``[..., B, N_ref, N_est]`` in dB, float32 or wider, between -100 and 100.
+        The row of a silent reference (see :func:`is_silent`) is 0 dB with no gradient whatever the estimate:
+        it neither helps nor hurts. A silent estimate of an audible reference scores 100 dB without a gradient.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
+    Example
+    -------
+    >>> ref = torch.tensor([[[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]]])
+    >>> est = torch.tensor([[[3.0, -3.0, 3.0, -3.0], [0.0, 0.0, 0.1, -0.1]]])
+    >>> pairwise_neg_si_sdr(est, ref).round()
+    tensor([[[   0.,  100.],
+             [   0., -100.]]])
+    """
+    if ref.dim() != 3 or est.dim() < 3 or est.shape[-3] != ref.shape[0] or est.shape[-1] != ref.shape[-1]:
+        raise ValueError(
+            "est must be [..., B, N, T] and ref [B, N, T] with the same B and T, but got the shapes "
+            f"{list(est.shape)} and {list(ref.shape)}."
+        )
+    if lengths is not None and lengths.shape != ref.shape[:1]:
+        raise ValueError(f"lengths must be [{ref.shape[0]}], but got the shape {list(lengths.shape)}.")
+    dtype = torch.promote_types(est.dtype, torch.float32)
+    est, num_samples = _masked_double(est, lengths)
+    ref, _ = _masked_double(ref, lengths)
+    ref_ac, ref_energy, ref_mean = _ac_energy(ref, num_samples)  # (B, N)
+    est_ac, _, est_mean = _ac_energy(est, num_samples)  # (..., B, N)
+    if torch.is_tensor(num_samples):
+        num_samples = num_samples.unsqueeze(-1)  # (B, 1, 1)
+    dot = ref @ est.transpose(-1, -2)  # (..., B, N_ref, N_est)
+    dot = dot - num_samples * ref_mean.unsqueeze(-1) * est_mean.unsqueeze(-2)
+
+    silent = (ref_ac <= _SILENCE * ref_energy).unsqueeze(-1)  # (B, N_ref, 1)
+    ref_ac = torch.where(silent, 1.0, ref_ac.unsqueeze(-1))
+    cosine2 = dot.square() / (ref_ac * (est_ac.unsqueeze(-2) + _ESTIMATE_FLOOR * ref_ac))
+    cosine2 = cosine2.clamp(max=1.0)
+    loss = 10 * ((1 - cosine2 + _EPS).log10() - (cosine2 + _EPS).log10())
+    return torch.where(silent, 0.0, loss).to(dtype)
+
+
+def assigned_loss(loss_matrix, perm):
+    """The loss under a given assignment.
+
+    Arguments
+    ---------
+    loss_matrix : torch.Tensor
+        ``[..., B, N_ref, N_est]``.
+    perm : torch.Tensor
+        ``[..., B, N]``, broadcast over leading axes.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[..., B]``, mean over speakers.
+
+    Example
+    -------
+    >>> assigned_loss(torch.tensor([[[-9.0, 0.0], [1.0, -7.0]]]), torch.tensor([[1, 0]]))
+    tensor([0.5000])
+    """
+    perm = perm.expand(loss_matrix.shape[:-1])
+    return loss_matrix.gather(-1, perm.unsqueeze(-1)).squeeze(-1).mean(-1)
+
+
+class PITLoss(torch.nn.Module):
+    """Permutation-invariant training on SI-SDR (Kolbaek et al. 2017): the loss under the best assignment.
+
+    Example
+    -------
+    >>> ref = torch.randn(4, 3, 800)
+    >>> result = PITLoss()(ref[:, [2, 0, 1]], ref)
+    >>> result.perm[0]
+    tensor([1, 2, 0])
+    >>> result.loss.shape, result.loss_matrix.shape
+    (torch.Size([4]), torch.Size([4, 3, 3]))
+    """
+
+    def forward(self, est, ref, lengths=None):
+        """Solve the assignment of every item, for one output or for all blocks at once.
+
+        Arguments
+        ---------
+        est : torch.Tensor
+            ``[B, N, T]``, or ``[L, B, N, T]`` for L blocks.
+        ref : torch.Tensor
+            ``[B, N, T]``.
+        lengths : torch.Tensor, optional
+            Samples, ``[B]``.
+
+        Returns
+        -------
+        PITResult
+            With a leading axis of blocks where ``est`` has one; each block under its own best assignment.
+        """
+        loss_matrix = pairwise_neg_si_sdr(est, ref, lengths)
+        perm = solve_assignment(loss_matrix)
+        return PITResult(assigned_loss(loss_matrix, perm), perm, loss_matrix)
+
+
+def block_weights(num_blocks, layer_weights="uniform", device=None):
+    """The weight of each block's loss; they sum to one, so that gradient clipping means the same for any L.
+
+    Arguments
+    ---------
+    num_blocks : int
+        ``L``.
+    layer_weights : str
+        ``uniform``, or ``ramp``: proportional to the block's number.
+    device : torch.device, optional
+        Where the weights are wanted.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[L]``.
+
+    Example
+    -------
+    >>> block_weights(3, "ramp")
+    tensor([0.1667, 0.3333, 0.5000])
+    """
+    if layer_weights == "uniform":
+        weights = torch.ones(num_blocks, device=device)
+    elif layer_weights == "ramp":
+        weights = torch.arange(1.0, num_blocks + 1, device=device)
+    else:
+        raise ValueError(f"layer_weights can only be 'uniform' or 'ramp', but got {layer_weights!r}.")
+    return weights / weights.sum()
+
+
+def layerwise_loss(pit, perm=None, imposed=None, layer_weights="uniform", layer_permutation="shared"):
+    """The layer-wise loss: the weighted sum of all blocks' losses (Gao et al. 2023).
+
+    Arguments
+    ---------
+    pit : PITResult
+        Of all blocks: ``loss_matrix [L, B, N, N]``.
+    perm : torch.Tensor, optional
+        ``[B, N]``: the final block's assignment to train under. None: PIT's own.
+    imposed : torch.Tensor, optional
+        Boolean ``[B]``: the items (reordered ones) for which ``perm`` holds in every block, also where each block
+        has its own. None: none.
+    layer_weights : str
+        ``uniform`` or ``ramp``, see :func:`block_weights`.
+    layer_permutation : str
+        ``shared`` imposes the final block's assignment on all blocks; ``independent`` gives each its own.
+
+    Returns
+    -------
+    LayerwiseResult
+
+    Raises
+    ------
+    ValueError
+        For an unknown option.
+
+    Example
+    -------
+    >>> pit = PITLoss()(torch.randn(2, 4, 3, 800), torch.randn(4, 3, 800))
+    >>> result = layerwise_loss(pit)
+    >>> torch.allclose(result.loss, result.block_losses.mean(0))
+    True
+    """
+    perm = pit.perm[-1] if perm is None else perm
+    if layer_permutation == "independent":
+        own = torch.cat([pit.perm[:-1], perm.unsqueeze(0)])  # (L, B, N)
+        perm = own if imposed is None else torch.where(imposed.unsqueeze(-1), perm, own)
+    elif layer_permutation != "shared":
+        raise ValueError(
+            f"layer_permutation can only be 'shared' or 'independent', but got {layer_permutation!r}."
+        )
+    block_losses = assigned_loss(pit.loss_matrix, perm)  # (L, B)
+    weights = block_weights(len(block_losses), layer_weights, block_losses.device)
+    return LayerwiseResult((weights.unsqueeze(-1) * block_losses).sum(0), block_losses)

@@ -1,0 +1,338 @@
+"""The memory bank of dynamic sample dropout: each training sample's best assignment, across epochs and ranks.
+
+Samples are addressed by their row, the position of their id in the sorted manifest, which travels with the
+batch; of the ids themselves only eight-byte digests are kept, to recognise other data. About 35 bytes a sample.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+
+from dsd_modules.sample_dropout import DROP, MODES, REORDER, Entries, decide, record
+
+
+@dataclass
+class EpochCounts:
+    """What happened to the samples in one epoch."""
+
+    visits: int = 0
+    uncounted: int = 0  # visits with a silent source or a non-finite metric
+    revisits: int = 0  # counted visits of samples that had been seen before
+    label_switches: int = 0
+    dropped_samples: int = 0
+    reordered_samples: int = 0
+    readmitted_samples: int = 0
+
+    @property
+    def label_switch_rate(self):
+        """Label switches per revisit; 0 before there is any."""
+        return self.label_switches / self.revisits if self.revisits else 0.0
+
+    @property
+    def excluded_rate(self):
+        """Dropped or reordered samples per visit."""
+        return (self.dropped_samples + self.reordered_samples) / self.visits if self.visits else 0.0
+
+
+def _digest(sample_id):
+    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@register_checkpoint_hooks
+class AssignmentMemoryBank:
+    """Remembers each sample's best metric and assignment, and applies the DSD rule to every visit.
+
+    Built empty from the YAML; :meth:`set_samples` gives it the ids once the data are there. All state is on the
+    CPU, is saved with SpeechBrain's Checkpointer, and is merged over ranks by :meth:`synchronize`.
+
+    Arguments
+    ---------
+    num_spks : int
+        Number of speakers, N.
+    mode : str
+        ``none`` (plain PIT, still counted), ``drop`` or ``reorder``.
+    margin_db : float
+        How much worse than its best a sample must be to be excluded, dB, at least 0.
+    start_epoch : int
+        First epoch (from 1) in which samples may be excluded; the bank records from the first on.
+    max_drop_rate : float
+        An epoch excludes at most floor(rate x samples), first come, per rank; 1: no cap.
+    patience : int
+        After this many exclusions in a row a sample is re-admitted and its entry renewed; 0: never.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+
+    Example
+    -------
+    >>> bank = AssignmentMemoryBank(num_spks=2, mode="drop")
+    >>> bank.set_samples(["mix_a", "mix_b"])
+    >>> bank.start_epoch(1)
+    >>> rows = torch.tensor([0, 1])
+    >>> bank.update(rows, torch.tensor([[0, 1], [0, 1]]), torch.tensor([8.0, 3.0])).keep
+    tensor([True, True])
+    >>> bank.start_epoch(2)
+    >>> bank.update(rows, torch.tensor([[1, 0], [1, 0]]), torch.tensor([7.0, 4.0])).keep
+    tensor([False,  True])
+    >>> bank.counts.label_switches, bank.counts.dropped_samples
+    (2, 1)
+    """
+
+    def __init__(self, num_spks, mode="drop", margin_db=0.0, start_epoch=1, max_drop_rate=1.0, patience=0):
+        for name, value, is_right, expected in (
+            ("num_spks", num_spks, 1 <= num_spks <= 127, "between 1 and 127"),
+            ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
+            ("margin_db", margin_db, margin_db >= 0, "at least 0"),
+            ("start_epoch", start_epoch, start_epoch >= 1, "at least 1"),
+            ("max_drop_rate", max_drop_rate, 0 <= max_drop_rate <= 1, "between 0 and 1"),
+            ("patience", patience, patience >= 0, "at least 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} must be {expected}, but got {value!r}.")
+        self.num_spks = num_spks
+        self.mode = mode
+        self.margin_db = margin_db
+        self.first_epoch = start_epoch
+        self.max_drop_rate = max_drop_rate
+        self.patience = patience
+        self.epoch = 0
+        self.counts = EpochCounts()
+        self._sample_ids = None
+        self._allocate(torch.empty(0, dtype=torch.int64))
+
+    def _allocate(self, digests):
+        num_samples = len(digests)
+        self._digests = digests
+        self._is_touched = torch.zeros(num_samples, dtype=torch.bool)  # visited since the last merge
+        self._entries = Entries(
+            best_metric=torch.zeros(num_samples),
+            best_perm=torch.zeros(num_samples, self.num_spks, dtype=torch.int8),
+            last_perm=torch.zeros(num_samples, self.num_spks, dtype=torch.int8),
+            num_visits=torch.zeros(num_samples, dtype=torch.int32),
+            num_exclusions=torch.zeros(num_samples, dtype=torch.int32),
+            exclusion_run=torch.zeros(num_samples, dtype=torch.int32),
+        )
+
+    def __len__(self):
+        return len(self._digests)
+
+    def set_samples(self, sample_ids):
+        """Give the bank its samples; row ``r`` is ``sample_ids[r]``.
+
+        Arguments
+        ---------
+        sample_ids : sequence of str
+            Unique ids in manifest order. Only a reference is kept.
+
+        Raises
+        ------
+        ValueError
+            If an id stands twice, or the bank holds other samples already.
+        """
+        digests = torch.tensor([_digest(sample_id) for sample_id in sample_ids], dtype=torch.int64)
+        order = digests.sort(stable=True)
+        twins = (order.values[1:] == order.values[:-1]).nonzero().flatten()
+        if len(twins):
+            twin = sample_ids[int(order.indices[int(twins[0]) + 1])]
+            raise ValueError(f"Sample ids must be unique, but {twin!r} stands twice.")
+        if len(self):
+            self._refuse_other_samples(self._digests, digests, sample_ids)
+        else:
+            self._allocate(digests)
+        self._sample_ids = sample_ids
+
+    @staticmethod
+    def _refuse_other_samples(stored, current, sample_ids):
+        if torch.equal(stored, current):
+            return
+        num_common = min(len(stored), len(current))
+        differing = (stored[:num_common] != current[:num_common]).nonzero().flatten()
+        row = int(differing[0]) if len(differing) else num_common
+        first = repr(sample_ids[row]) if row < len(current) else "beyond the last sample"
+        num_differing = len(differing) + abs(len(stored) - len(current))
+        raise ValueError(
+            f"The memory bank was recorded on other training data: {num_differing} of {len(stored)} stored sample "
+            f"ids differ from the {len(current)} current ones, the first in row {row} ({first}). "
+            "Train on the same data, or into a new output_folder."
+        )
+
+    def _check_rows(self, rows):
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
+            raise IndexError(f"Rows must be below {len(self)}, but got {rows.tolist()}.")
+        if len(rows.unique()) != len(rows):
+            raise ValueError(f"A batch holds each sample once, but got the rows {rows.tolist()}.")
+
+    def lookup(self, rows):
+        """The entries of some samples.
+
+        Arguments
+        ---------
+        rows : torch.Tensor
+            ``[B]``, int64.
+
+        Returns
+        -------
+        Entries
+            Copies.
+        """
+        rows = rows.cpu()
+        self._check_rows(rows)
+        entries = Entries(**{field.name: getattr(self._entries, field.name)[rows] for field in fields(Entries)})
+        entries.best_perm, entries.last_perm = entries.best_perm.long(), entries.last_perm.long()
+        return entries
+
+    @property
+    def quota(self):
+        """How many exclusions are left in this epoch on this rank, or None for no limit."""
+        if self.max_drop_rate >= 1:
+            return None
+        # The tolerance forgives floating point: 0.29 * 100 is 28.999999999999996.
+        allowed = int(self.max_drop_rate * self._num_samples_per_rank() + 1e-9)
+        return allowed - self.counts.dropped_samples - self.counts.reordered_samples
+
+    def _num_samples_per_rank(self):
+        return -(-len(self) // _world_size())
+
+    def update(self, rows, perm, metric, valid=None):
+        """Decide about a batch of visits, and record them.
+
+        Arguments
+        ---------
+        rows : torch.Tensor
+            ``[B]``, int64, each sample once.
+        perm : torch.Tensor
+            PIT's assignment at the final block, ``[B, N]``.
+        metric : torch.Tensor
+            PIT's metric at the final block, mean over speakers, higher is better, dB, ``[B]``.
+        valid : torch.Tensor, optional
+            Boolean ``[B]``: False where a source of the crop is silent.
+
+        Returns
+        -------
+        Decision
+            On the CPU.
+        """
+        rows, perm, metric = rows.cpu(), perm.cpu(), metric.detach().float().cpu()
+        valid = None if valid is None else valid.cpu()
+        stored = self.lookup(rows)
+        mode = self.mode if self.epoch >= self.first_epoch else "none"
+        decision = decide(stored, perm, metric, mode, self.margin_db, self.patience, self.quota, valid)
+        entries = record(stored, decision, perm, metric)
+        for field in fields(Entries):
+            column = getattr(self._entries, field.name)
+            column[rows] = getattr(entries, field.name).to(column.dtype)
+        self._is_touched[rows] = True
+
+        counts = self.counts
+        num_counted = int(decision.is_counted.sum())
+        counts.visits += len(rows)
+        counts.uncounted += len(rows) - num_counted
+        counts.revisits += int((decision.is_counted & (stored.num_visits > 0)).sum())
+        counts.label_switches += int(decision.is_switched.sum())
+        counts.dropped_samples += int((decision.action == DROP).sum())
+        counts.reordered_samples += int((decision.action == REORDER).sum())
+        counts.readmitted_samples += int(decision.is_readmitted.sum())
+        return decision
+
+    def start_epoch(self, epoch):
+        """Begin an epoch with counts of zero; going on inside the same epoch, after a resume, keeps them."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.counts = EpochCounts()
+
+    def end_epoch(self):
+        """Merge over the ranks.
+
+        Returns
+        -------
+        EpochCounts
+            Summed over the ranks.
+        """
+        self.synchronize()
+        return EpochCounts(*self._gather_counts().sum(0).tolist())
+
+    def _gather_counts(self):
+        """The counts of every rank, ``[world_size, fields]``."""
+        world_size, rank = _world_size(), _rank()
+        table = torch.zeros(world_size, len(fields(EpochCounts)), dtype=torch.int64)
+        table[rank] = torch.tensor(list(asdict(self.counts).values()))
+        return _all_reduce(table, "SUM")
+
+    def synchronize(self):
+        """Give every rank the entries that any rank has updated. All ranks must call it; one alone does nothing.
+
+        Where several ranks visited the same sample since the last merge (a sampler that repeats samples), the
+        lowest rank's entry stands.
+        """
+        world_size, rank = _world_size(), _rank()
+        if world_size > 1:
+            owner = torch.where(self._is_touched, rank, world_size).to(torch.int32)
+            owner = _all_reduce(owner, "MIN")
+            for field in fields(Entries):
+                column = getattr(self._entries, field.name)
+                shape = (-1,) + (1,) * (column.dim() - 1)
+                mine = torch.where((owner == rank).view(shape), column, torch.zeros_like(column))
+                merged = _all_reduce(mine, "SUM")
+                column.copy_(torch.where((owner < world_size).view(shape), merged, column))
+        self._is_touched.zero_()
+        self._rank_counts = self._gather_counts()
+
+    @mark_as_saver
+    def save(self, path):
+        """Save the entries; :meth:`synchronize` goes before."""
+        state = {field.name: getattr(self._entries, field.name) for field in fields(Entries)}
+        rank_counts = self._rank_counts if _world_size() > 1 else self._gather_counts()
+        torch.save({"digests": self._digests, "epoch": self.epoch, "rank_counts": rank_counts, **state}, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=False):
+        """Load the entries, and refuse those of other data.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint's ids differ from those given by :meth:`set_samples`, or its number of speakers.
+        """
+        del end_of_epoch
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["best_perm"].shape[1] != self.num_spks:
+            raise ValueError(
+                f"The memory bank was recorded with {state['best_perm'].shape[1]} speakers, "
+                f"but num_spks is {self.num_spks}."
+            )
+        if self._sample_ids is not None:
+            self._refuse_other_samples(state["digests"], self._digests, self._sample_ids)
+        self._allocate(state["digests"])
+        self._entries = Entries(**{field.name: state[field.name] for field in fields(Entries)})
+        self.epoch = state["epoch"]
+        rank_counts = state["rank_counts"]
+        if len(rank_counts) != _world_size():  # another number of ranks: the first one takes over the counts
+            others = rank_counts.new_zeros(_world_size() - 1, rank_counts.shape[1])
+            rank_counts = torch.cat([rank_counts.sum(0, keepdim=True), others])
+        self.counts = EpochCounts(*rank_counts[_rank()].tolist())
+
+
+def _is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _world_size():
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def _rank():
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def _all_reduce(tensor, operation):
+    """Reduce a CPU tensor over the ranks; NCCL wants it on the GPU meanwhile."""
+    if _world_size() == 1:
+        return tensor
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    moved = tensor.to(device, copy=True)
+    torch.distributed.all_reduce(moved, getattr(torch.distributed.ReduceOp, operation))
+    return moved.cpu()
