@@ -41,9 +41,10 @@ def _sdr(est, ref):
 
 @torch.no_grad()
 def score_batch(est, ref, mixture, lengths=None):
-    """Score a batch of separated mixtures: zero-mean SI-SDR (Le Roux et al. 2019) and SDR (Vincent et al. 2006,
-    with the 512-tap distortion filter of BSS Eval, as computed by Scheibler 2022), and the improvements of both
-    over the mixture.
+    """Score a batch of separated mixtures by SI-SDR and SDR and the improvements of both over the mixture.
+
+    SI-SDR is the zero-mean one (Le Roux et al. 2019); SDR is BSS Eval's with its 512-tap distortion filter
+    (Vincent et al. 2006), as computed by Scheibler 2022.
 
     The final block's estimates are assigned to the references by the permutation that maximises the mean
     SI-SDR; each block's SI-SDRi is under the block's own best permutation.
@@ -95,9 +96,7 @@ def score_batch(est, ref, mixture, lengths=None):
         lengths = torch.full(ref.shape[:1], num_samples)
     lengths = lengths.to(ref.device)
     if lengths.shape != ref.shape[:1] or lengths.min() < 1 or lengths.max() > num_samples:
-        raise ValueError(
-            f"lengths must be {len(ref)} numbers from 1 to {num_samples}, but got {lengths.tolist()}."
-        )
+        raise ValueError(f"lengths must be {len(ref)} numbers from 1 to {num_samples}, but got {lengths.tolist()}.")
 
     mask = length_mask(lengths, num_samples)  # (B, 1, T)
     est, ref, mixture = (
@@ -168,9 +167,7 @@ def write_results(path, ids, rows):
     """
     ids = [str(name) for name in ids]
     if len(ids) != len(rows) or not rows:
-        raise ValueError(
-            f"Each mixture needs one id and one row, but got {len(ids)} ids and {len(rows)} rows."
-        )
+        raise ValueError(f"Each mixture needs one id and one row, but got {len(ids)} ids and {len(rows)} rows.")
     twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
     if twice:
         raise ValueError(f"Each id may occur only once, but got {twice[0]!r} more than once.")

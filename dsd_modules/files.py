@@ -92,9 +92,7 @@ def read_table(path, key):
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV table: {error}.") from error
     if not lines or lines[0][0] != key:
-        raise ValueError(
-            f"{path} is no table by {key!r}: its header is {','.join(lines[0]) if lines else ''!r}."
-        )
+        raise ValueError(f"{path} is no table by {key!r}: its header is {','.join(lines[0]) if lines else ''!r}.")
     header = lines[0]
     rows = []
     for line in lines[1:]:
@@ -103,8 +101,6 @@ def read_table(path, key):
         try:
             cells = [float(cell) if cell else float("nan") for cell in line[1:]]
         except ValueError as error:
-            raise ValueError(
-                f"{path} has a cell that is no number in the row {line[0]!r}: {error}."
-            ) from None
+            raise ValueError(f"{path} has a cell that is no number in the row {line[0]!r}: {error}.") from None
         rows.append((line[0], dict(zip(header[1:], cells, strict=True))))
     return rows

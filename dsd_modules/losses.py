@@ -26,6 +26,10 @@ class PITResult:
     perm: torch.Tensor
     loss_matrix: torch.Tensor
 
+    def __getitem__(self, blocks):
+        """The result of some of the blocks."""
+        return PITResult(self.loss[blocks], self.perm[blocks], self.loss_matrix[blocks])
+
 
 @dataclass
 class LayerwiseResult:

@@ -24,6 +24,7 @@ class EpochCounts:
     dropped_samples: int = 0
     reordered_samples: int = 0
     readmitted_samples: int = 0
+    all_dropped_batches: int = 0
 
     @property
     def label_switch_rate(self):
@@ -236,6 +237,7 @@ class AssignmentMemoryBank:
         counts.dropped_samples += int((decision.action == DROP).sum())
         counts.reordered_samples += int((decision.action == REORDER).sum())
         counts.readmitted_samples += int(decision.is_readmitted.sum())
+        counts.all_dropped_batches += int(not decision.keep.any())
         return decision
 
     def start_epoch(self, epoch):

@@ -1,0 +1,178 @@
+"""Checkpoints that survive a kill at any moment, and recoverables for what SpeechBrain leaves out."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from speechbrain.utils.checkpoints import (
+    Checkpointer,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+    torch_recovery,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+
+_UNFINISHED = ".unfinished-"
+
+
+class WholeCheckpointer(Checkpointer):
+    """SpeechBrain's Checkpointer, but a checkpoint is whole or not there.
+
+    SpeechBrain writes into the final folder, meta file first, so a kill while saving (or while deleting) leaves a
+    broken checkpoint that recovery picks and fails on. Here it is written under a name that the finder ignores,
+    flushed to the disk, then renamed; a deletion renames first. Recoverables with a ``synchronize`` method are
+    merged over the ranks before.
+    """
+
+    def __init__(self, checkpoints_dir, recoverables=None, **kwargs):
+        super().__init__(checkpoints_dir, recoverables, **kwargs)
+        if if_main_process():
+            for leftover in self.checkpoints_dir.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, **kwargs):
+        """See :meth:`Checkpointer.save_checkpoint`."""
+        for recoverable in self.recoverables.values():
+            if hasattr(recoverable, "synchronize"):
+                recoverable.synchronize()
+        final = self._new_checkpoint_dirpath() if name is None else self._custom_checkpoint_dirpath(name)
+        name = f"{_UNFINISHED}{final.name}"
+        checkpoint = super().save_checkpoint(meta=meta or {}, end_of_epoch=end_of_epoch, name=name, **kwargs)
+        if checkpoint is not None:  # the main process
+            for path in [*checkpoint.path.iterdir(), checkpoint.path]:
+                _flush_to_disk(path)
+            os.rename(checkpoint.path, final)
+            _flush_to_disk(self.checkpoints_dir)
+            files = {name: final / path.name for name, path in checkpoint.paramfiles.items()}
+            checkpoint = checkpoint._replace(path=final, paramfiles=files)
+        ddp_barrier()
+        return checkpoint
+
+    def _custom_checkpoint_dirpath(self, name):
+        if name.startswith(_UNFINISHED):
+            return self.checkpoints_dir / name
+        return Checkpointer._custom_checkpoint_dirpath(self, name)
+
+    @staticmethod
+    def _delete_checkpoint(checkpoint, **kwargs):
+        doomed = checkpoint.path.with_name(f"{_UNFINISHED}{checkpoint.path.name}")
+        os.rename(checkpoint.path, doomed)
+        shutil.rmtree(doomed)
+
+    def check_recoverable(self, name):
+        """Load one recoverable of the newest checkpoint, to see early whether it fits.
+
+        Arguments
+        ---------
+        name : str
+            Its name.
+
+        Raises
+        ------
+        ValueError
+            What its loader raises.
+        """
+        checkpoint = self.find_checkpoint()
+        if checkpoint is not None:
+            self.recoverables[name].load(checkpoint.paramfiles[name])
+
+    def load_modules(self, names, max_key=None):
+        """Load the weights of the best checkpoint, and nothing else of it.
+
+        ``recover_if_possible`` would also set the epoch, the bank and the logs back to that checkpoint.
+
+        Arguments
+        ---------
+        names : sequence of str
+            The recoverables to load.
+        max_key : str, optional
+            The key of the checkpoints' meta data that tells the best; None: the newest.
+
+        Returns
+        -------
+        Checkpoint or None
+            None where there is no checkpoint.
+        """
+        checkpoint = self.find_checkpoint(max_key=max_key)
+        if checkpoint is not None:
+            for name in names:
+                torch_recovery(self.recoverables[name], checkpoint.paramfiles[name], end_of_epoch=True)
+        return checkpoint
+
+
+def _flush_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@register_checkpoint_hooks
+class AppendedFiles:
+    """Files that grow during training. A resume cuts them to the length they had at the checkpoint.
+
+    Arguments
+    ---------
+    paths : list of str
+        The files, which need not exist.
+    """
+
+    def __init__(self, paths):
+        self.paths = [Path(path) for path in paths]
+
+    def rewind(self, sizes=None):
+        """Cut each file to its size in bytes (by file name), or remove it where none is given."""
+        if not if_main_process():
+            return
+        for path in self.paths:
+            size = (sizes or {}).get(path.name, 0)
+            if size == 0:
+                path.unlink(missing_ok=True)
+            elif path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
+
+    @mark_as_saver
+    def save(self, path):
+        """Note the files' sizes."""
+        sizes = {file.name: file.stat().st_size for file in self.paths if file.exists()}
+        Path(path).write_text(json.dumps(sizes), encoding="utf-8")
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=False):
+        """Cut the files to the noted sizes."""
+        del end_of_epoch
+        self.rewind(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+@register_checkpoint_hooks
+class RandomState:
+    """The state of the random number generators (dropout and the like), of the main process."""
+
+    @mark_as_saver
+    def save(self, path):
+        """Save the states of Python, NumPy and torch."""
+        numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+        state = {
+            "python": random.getstate(),
+            "numpy": (numpy_name, numpy_keys.tolist(), *numpy_rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        torch.save(state, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=False):
+        """Restore them."""
+        del end_of_epoch
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,351 @@
+"""The dual-path mask network of SepFormer, with the output of every block at hand.
+
+The parameters are those of SpeechBrain's ``Dual_Path_Model``, name by name, so its checkpoints load.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from speechbrain.lobes.models.dual_path import (
+    CumulativeLayerNorm,
+    Dual_Computation_Block,
+    Dual_Path_Model,
+    SBTransformerBlock,
+)
+from speechbrain.nnet.attention import MultiheadAttention
+
+
+class DualPathMaskNet(Dual_Path_Model):
+    """SpeechBrain's dual-path model of SepFormer (https://arxiv.org/abs/2010.13154), for layer-wise training.
+
+    It has the parameters of ``Dual_Path_Model`` and computes the same masks. What differs:
+
+    * the masks of any block are available; each block's output goes through the same output head;
+    * attention is fused, and no attention weights are kept;
+    * each block is initialised on its own, where SpeechBrain copies one block;
+    * with ``lengths``, an item of a padded batch gives the masks it gives alone;
+    * chunks, and frames in a chunk, may be more than the 2,500 that SpeechBrain's positional encoding holds.
+
+    Arguments
+    ---------
+    in_channels : int
+        Number of channels at the output of the encoder.
+    out_channels : int
+        Number of channels of the intra and inter models.
+    intra_model : SBTransformerBlock
+        Model to process within the chunks. A template: each block gets a copy with weights of its own.
+    inter_model : SBTransformerBlock
+        Model to process across the chunks. A template, too.
+    num_layers : int
+        Number of dual-path blocks.
+    norm : str
+        Normalization type: 'ln', 'gln' or 'cln'; see ``speechbrain.lobes.models.dual_path.select_norm``.
+    K : int
+        Chunk length in frames, at least 2.
+    num_spks : int
+        Number of speakers.
+    skip_around_intra : bool
+        Skip connection around the intra model.
+    linear_layer_after_inter_intra : bool
+        Linear layer after the inter and the intra model.
+    use_global_pos_enc : bool
+        Global positional encodings.
+    max_length : int
+        Number of channels of the global positional encodings: ``out_channels`` where they are used.
+
+    Raises
+    ------
+    ValueError
+        Where a model is not an ``SBTransformerBlock`` with attention type "regularMHA", or K is below 2.
+
+    Example
+    -------
+    >>> intra = SBTransformerBlock(1, 16, 2, d_ffn=32, norm_before=True)
+    >>> inter = SBTransformerBlock(1, 16, 2, d_ffn=32, norm_before=True)
+    >>> masknet = DualPathMaskNet(8, 16, intra, inter, num_layers=3, K=10, num_spks=2)
+    >>> x = torch.randn(4, 8, 95)
+    >>> masknet(x).shape
+    torch.Size([2, 4, 8, 95])
+    >>> masknet(x, blocks="all").shape
+    torch.Size([3, 2, 4, 8, 95])
+    >>> masks = masknet(x, lengths=torch.tensor([95, 40, 3, 77]), blocks=[0, -1])
+    >>> masks.shape, masks[:, :, 2, :, 3:].count_nonzero().item()
+    (torch.Size([2, 2, 4, 8, 95]), 0)
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        intra_model,
+        inter_model,
+        num_layers=1,
+        norm="ln",
+        K=200,
+        num_spks=2,
+        skip_around_intra=True,
+        linear_layer_after_inter_intra=True,
+        use_global_pos_enc=False,
+        max_length=20000,
+    ):
+        for model in (intra_model, inter_model):
+            _check_transformer(model)
+        if K < 2:
+            raise ValueError(f"K, the chunk length in frames, must be at least 2, but got {K}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            intra_model,
+            inter_model,
+            num_layers=0,  # the blocks are built below
+            norm=norm,
+            K=K,
+            num_spks=num_spks,
+            use_global_pos_enc=use_global_pos_enc,
+            max_length=max_length,
+        )
+        self.num_layers = num_layers
+        for _ in range(num_layers):
+            block = DualPathBlock(
+                copy.deepcopy(intra_model),
+                copy.deepcopy(inter_model),
+                out_channels,
+                norm,
+                skip_around_intra=skip_around_intra,
+                linear_layer_after_inter_intra=linear_layer_after_inter_intra,
+            )
+            # Children first: attention's own reset sets the bias of its output layer to zero.
+            self.dual_mdl.append(block.apply(_reset_parameters))
+
+    def forward(self, x, lengths=None, blocks=None):
+        """Masks of the final block, or of the blocks asked for.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Encoded mixture [B, N, F].
+        lengths : torch.Tensor or list of int, optional
+            Number of valid frames of each item, [B]. What lies beyond does not matter, and the masks are
+            zero there. Keep them on the CPU: they are then checked, and lengths that all equal F cost
+            nothing. On a GPU they are taken as they are, since a look at them would stall it.
+        blocks : sequence of int or "all", optional
+            Blocks, from 0, negative ones from the end. None is the final block, without a leading axis.
+            Blocks after the last one asked for are not run.
+
+        Returns
+        -------
+        masks : torch.Tensor
+            [spks, B, N, F], or [len(blocks), spks, B, N, F] with ``blocks``.
+
+        Raises
+        ------
+        ValueError
+            Where a block does not exist, lengths do not fit the batch, or the norm does not allow lengths.
+        """
+        indices = self._block_indices([-1] if blocks is None else blocks)
+        lengths = self._padded_lengths(lengths, x)
+        frame_mask = chunk_mask = None
+        if lengths is not None:
+            frame_mask = torch.arange(x.shape[2], device=x.device) < lengths[:, None, None]  # [B, 1, F]
+
+        x = self.conv1d(_normalize(self.norm, x, frame_mask))  # [B, N, F]
+        if self.use_global_pos_enc:
+            positions = _positional_encoding(self.pos_enc, x.shape[2]).transpose(1, 2)  # [1, N, F]
+            x = positions + x * x.shape[1] ** 0.5
+        if lengths is not None:
+            x = x.masked_fill(~frame_mask, 0)
+        x, gap = self._Segmentation(x, self.K)  # [B, N, K, S]
+        if lengths is not None:
+            # An item alone has this many chunks, and they are the first of the padded item's.
+            num_chunks = 2 * ((lengths + self.K // 2) // self.K + 1)  # [B]
+            chunk_mask = torch.arange(x.shape[3], device=x.device) < num_chunks[:, None]  # [B, S]
+
+        masks = {}
+        for index, block in enumerate(self.dual_mdl[: max(indices) + 1]):
+            x = block(x, chunk_mask)
+            if index in indices:
+                masks[index] = self._output_head(x, gap, frame_mask)  # [spks, B, N, F]
+        if blocks is None:
+            return masks[indices[0]]
+        return torch.stack([masks[index] for index in indices])
+
+    def _block_indices(self, blocks):
+        """Indices from 0 of the blocks asked for."""
+        if isinstance(blocks, str):
+            if blocks != "all":
+                raise ValueError(f"blocks can only be indices or 'all', but got {blocks!r}")
+            blocks = range(self.num_layers)
+        blocks = list(blocks)
+        if not blocks:
+            raise ValueError(f"blocks must name at least one block, but got {blocks}")
+        for block in blocks:
+            if not -self.num_layers <= block < self.num_layers:
+                raise ValueError(f"block {block} does not exist in a model of {self.num_layers} blocks")
+        return [block % self.num_layers for block in blocks]
+
+    def _padded_lengths(self, lengths, x):
+        """Lengths on the device of x, or None where no item is known to be padded."""
+        if lengths is None:
+            return None
+        lengths = torch.as_tensor(lengths)
+        num_frames = x.shape[2]
+        if lengths.shape != x.shape[:1]:
+            raise ValueError(f"lengths must have shape [{x.shape[0]}], but got {list(lengths.shape)}")
+        if lengths.device.type == "cpu":
+            if lengths.min() < 1 or lengths.max() > num_frames:
+                raise ValueError(f"lengths must lie in [1, {num_frames}] frames, but got {lengths.tolist()}")
+            if lengths.min() == num_frames:
+                return None
+        norm = self.dual_mdl[0].norm
+        if norm not in ("ln", "gln", "cln"):
+            raise ValueError(f"lengths need norm 'ln', 'gln' or 'cln', but got {norm!r}")
+        return lengths.to(x.device, non_blocking=True)
+
+    def _output_head(self, x, gap, frame_mask):
+        """Masks [spks, B, N, F] from a block's output [B, N, K, S]."""
+        x = self.conv2d(self.prelu(x))  # [B, N*spks, K, S]
+        B, _, K, S = x.shape
+        x = self._over_add(x.reshape(B * self.num_spks, -1, K, S), gap)  # [B*spks, N, F]
+        x = self.end_conv1x1(self.output(x) * self.output_gate(x))  # [B*spks, N, F]
+        masks = self.activation(x).view(B, self.num_spks, *x.shape[1:]).transpose(0, 1)  # [spks, B, N, F]
+        return masks if frame_mask is None else masks.masked_fill(~frame_mask, 0)
+
+    def _padding(self, input, K):
+        """SpeechBrain's padding, without its copies from the CPU."""
+        P = K // 2
+        gap = K - (P + input.shape[2] % K) % K
+        return F.pad(input, (P, gap + P)), gap
+
+
+class DualPathBlock(Dual_Computation_Block):
+    """SpeechBrain's dual-path block, with fused attention and a mask for chunks of padding.
+
+    Arguments
+    ---------
+    *args : tuple
+    **kwargs : dict
+        Arguments of ``speechbrain.lobes.models.dual_path.Dual_Computation_Block``.
+
+    Example
+    -------
+    >>> intra = SBTransformerBlock(1, 16, 2, d_ffn=32)
+    >>> inter = SBTransformerBlock(1, 16, 2, d_ffn=32)
+    >>> block = DualPathBlock(intra, inter, 16)
+    >>> block(torch.randn(2, 16, 10, 6)).shape
+    torch.Size([2, 16, 10, 6])
+    """
+
+    def forward(self, x, chunk_mask=None):
+        """Process within the chunks, then across them.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Chunks [B, N, K, S].
+        chunk_mask : torch.Tensor, optional
+            True for the chunks an item has, False for those of padding alone, [B, S]. The output of
+            the latter is finite, but without meaning.
+
+        Returns
+        -------
+        out : torch.Tensor
+            [B, N, K, S].
+        """
+        B, N, K, S = x.shape
+        norm_mask = attention_mask = None
+        if chunk_mask is not None:
+            norm_mask = chunk_mask[:, None, None, :]  # [B, 1, 1, S]
+            attention_mask = chunk_mask.repeat_interleave(K, dim=0)[:, None, None, :]  # [B*K, 1, 1, S]
+
+        intra = x.permute(0, 3, 2, 1).reshape(B * S, K, N)  # [B*S, K, N]
+        intra = _transformer(self.intra_mdl, intra)
+        if self.linear_layer_after_inter_intra:
+            intra = self.intra_linear(intra)
+        intra = intra.view(B, S, K, N).permute(0, 3, 2, 1)  # [B, N, K, S]
+        if self.norm is not None:
+            intra = _normalize(self.intra_norm, intra, norm_mask)
+        if self.skip_around_intra:
+            intra = intra + x
+
+        inter = intra.permute(0, 2, 3, 1).reshape(B * K, S, N)  # [B*K, S, N]
+        inter = _transformer(self.inter_mdl, inter, attention_mask)
+        if self.linear_layer_after_inter_intra:
+            inter = self.inter_linear(inter)
+        inter = inter.view(B, K, S, N).permute(0, 3, 1, 2)  # [B, N, K, S]
+        if self.norm is not None:
+            inter = _normalize(self.inter_norm, inter, norm_mask)
+        return inter + intra
+
+
+def _check_transformer(model):
+    """Refuse models whose submodules ``_transformer`` does not know."""
+    if not isinstance(model, SBTransformerBlock):
+        raise ValueError(f"intra and inter models can only be SBTransformerBlock, but got {type(model)}")
+    for layer in model.mdl.layers:
+        if not isinstance(layer.self_att, MultiheadAttention):
+            raise ValueError(f"attention_type can only be 'regularMHA', but got {type(layer.self_att)}")
+
+
+def _reset_parameters(module):
+    """Draw the weights of one module anew, by PyTorch's own rule."""
+    for name in ("reset_parameters", "_reset_parameters"):  # the latter is nn.MultiheadAttention's
+        if hasattr(module, name):
+            getattr(module, name)()
+
+
+def _normalize(norm, x, mask=None):
+    """Norm of x [B, N, ...] with the mean and variance of the masked part, in the precision of its weights.
+
+    The mask (bool) broadcasts to x; its channel axis has size 1.
+    """
+    x = x.to(torch.promote_types(x.dtype, norm.weight.dtype))
+    if mask is None or isinstance(norm, CumulativeLayerNorm):  # the latter normalises each frame by itself
+        return norm(x)
+    axes = tuple(range(1, x.dim()))
+    x = torch.where(mask, x, 0)
+    count = mask.sum(axes, keepdim=True).clamp(min=1) * (x[0].numel() // mask[0].numel())  # [B, 1, ...]
+    centered = torch.where(mask, x - x.sum(axes, keepdim=True) / count, 0)  # [B, N, ...]
+    variance = centered.square().sum(axes, keepdim=True) / count  # [B, 1, ...]
+    shape = (-1,) + (1,) * (x.dim() - 2)  # of the channels
+    scale = torch.rsqrt(variance + norm.eps) * norm.weight.view(shape)  # [B, N, 1, ...]
+    return centered * scale + norm.bias.view(shape)
+
+
+def _transformer(model, x, attention_mask=None):
+    """``SBTransformerBlock.forward`` for x [B, T, N] with fused attention, without attention weights."""
+    if model.use_positional_encoding:
+        x = x + _positional_encoding(model.pos_enc, x.shape[1])
+    for layer in model.mdl.layers:
+        norm_before = layer.normalize_before
+        attended = _self_attention(layer.self_att.att, layer.norm1(x) if norm_before else x, attention_mask)
+        x = x + layer.dropout1(attended)
+        x = x if norm_before else layer.norm1(x)
+        x = x + layer.dropout2(layer.pos_ffn.ffn(layer.norm2(x) if norm_before else x))
+        x = x if norm_before else layer.norm2(x)
+    return model.mdl.norm(x)
+
+
+def _self_attention(attention, x, mask=None):
+    """``nn.MultiheadAttention`` of x [B, T, N] to itself. The mask is True where a key may be attended."""
+    B, T, N = x.shape
+    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # [B, T, 3*N]
+    heads = (B, T, attention.num_heads, attention.head_dim)
+    q, k, v = (part.view(heads).transpose(1, 2) for part in qkv.chunk(3, dim=2))  # each [B, heads, T, N/heads]
+    dropout = attention.dropout if attention.training else 0.0
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B, heads, T, N/heads]
+    return attention.out_proj(y.transpose(1, 2).reshape(B, T, N))  # [B, T, N]
+
+
+def _positional_encoding(encoding, length):
+    """The first positions [1, length, N] of SpeechBrain's ``PositionalEncoding``, also beyond those it holds."""
+    held = encoding.pe[:, :length]  # [1, min(length, held), N]
+    if held.shape[1] == length:
+        return held
+    channels, device = held.shape[2], held.device
+    positions = torch.arange(held.shape[1], length, device=device).float()  # [T]
+    rates = torch.exp(torch.arange(0, channels, 2, device=device).float() * -(math.log(10000.0) / channels))
+    angles = positions[:, None] * rates  # [T, N/2]
+    further = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # [T, N]
+    return torch.cat([held, further[None].to(held.dtype)], dim=1)  # [1, length, N]

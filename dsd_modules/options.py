@@ -1,0 +1,238 @@
+"""The options of the recipe's YAML, read and checked before any data is touched or model built."""
+
+import difflib
+import math
+from pathlib import Path
+
+import yaml
+from hyperpyyaml import resolve_references
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads the scalars of a HyperPyYAML text; what would be built is left out."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _one_of(*values):
+    # True == 1, so the type counts too.
+    return lambda v: any(v == w and isinstance(v, bool) == isinstance(w, bool) for w in values), (
+        "one of " + ", ".join(map(str, values))
+    )
+
+
+def _whole(least, most=math.inf):
+    expected = f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most, expected
+
+
+def _number(is_right, expected):
+    return (
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and is_right(v),
+        f"a number {expected}",
+    )
+
+
+def _optional(check):
+    is_right, expected = check
+    return lambda v: v is None or is_right(v), f"null or {expected}"
+
+
+def _list_of(is_right, expected):
+    return lambda v: isinstance(v, list) and len(v) > 0 and is_right(v), expected
+
+
+_PATH = (lambda v: isinstance(v, str) and v != "", "a path")
+_BOOL = _one_of(True, False)
+
+# What each top-level option of the recipe may be: a test, and the words for what is expected.
+EXPECTED = {
+    "seed": _whole(0, 2**32 - 1),
+    "output_folder": _PATH,
+    "data_folder": _optional(_PATH),
+    "synthetic_folder": _PATH,
+    "train_manifest": _optional(_PATH),
+    "valid_manifest": _optional(_PATH),
+    "test_manifest": _optional(_PATH),
+    "pretrained_folder": _optional(_PATH),
+    "num_spks": _one_of(2, 3),
+    "sample_rate": _one_of(8000, 16000),
+    "train_sets": _list_of(
+        lambda v: set(v) <= {"train-100", "train-360"} and len(set(v)) == len(v),
+        "a list of train-100, train-360 or both",
+    ),
+    "mode": _one_of("min", "max"),
+    "task": _one_of("mix_clean", "mix_both"),
+    "synthetic_sizes": _list_of(
+        lambda v: len(v) == 3 and all(type(size) is int and size >= 1 for size in v),
+        "a list of three whole numbers of at least 1 (training, validation, test)",
+    ),
+    "number_of_epochs": _whole(1),
+    "batch_size": _whole(1),
+    "grad_accumulation_factor": _whole(1),
+    "lr": _number(lambda v: v > 0, "above 0"),
+    "lr_schedule": _one_of("plateau", "linear"),
+    "lr_warmup": _number(lambda v: 0 <= v < 1, "from 0 up to (not with) 1"),
+    "lr_patience": _whole(0),
+    "lr_hold_epochs": _whole(0),
+    "max_grad_norm": _number(lambda v: v > 0, "above 0"),
+    "precision": _one_of("fp32", "fp16", "bf16"),
+    "skip_nonfinite_grads": _BOOL,
+    "ckpt_interval_minutes": _number(lambda v: v >= 0, "of at least 0"),
+    "segment_seconds": _optional(_number(lambda v: v > 0, "above 0")),
+    "segment": _one_of("random", "fixed"),
+    "dsd_mode": _one_of("none", "drop", "reorder"),
+    "dsd_margin_db": _number(lambda v: v >= 0, "of at least 0"),
+    "dsd_start_epoch": _whole(1),
+    "dsd_metric": _one_of("si_sdr", "si_sdri"),
+    "dsd_max_drop_rate": _number(lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "dsd_patience": _whole(0),
+    "probe_size": _whole(0),
+    "layerwise": _BOOL,
+    "layer_weights": _one_of("uniform", "ramp"),
+    "layer_permutation": _one_of("shared", "independent"),
+    "eval_batch_size": _whole(1),
+    "examples_interval": _whole(0),
+    "num_to_keep": _whole(1),
+    "num_workers": _whole(0),
+    "num_filters": _whole(2),
+    "kernel_size": _whole(2),
+    "chunk_size": _whole(2),
+    "num_blocks": _whole(1),
+    "num_intra_layers": _whole(1),
+    "num_inter_layers": _whole(1),
+    "num_heads": _whole(1),
+    "d_ffn": _whole(1),
+}
+
+
+def read_options(hparams_file, overrides="", run_opts=None):
+    """The options of a run as plain values, without building anything.
+
+    Arguments
+    ---------
+    hparams_file : str
+        The YAML.
+    overrides : str
+        As SpeechBrain's ``parse_arguments`` returns them.
+    run_opts : dict, optional
+        SpeechBrain's own options that were given on the command line; those that stand in the YAML too replace them.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        If the file or the overrides cannot be read, or an override is no option of the file.
+    """
+    try:
+        with open(hparams_file, encoding="utf-8") as stream:
+            text = stream.read()
+    except OSError as error:
+        raise ValueError(f"The hyper-parameter file {hparams_file} cannot be read: {error.strerror}.") from None
+    try:
+        given = yaml.safe_load(overrides) or {} if isinstance(overrides, str) else dict(overrides)
+        if not isinstance(given, dict):
+            raise ValueError
+        names = set(yaml.load(text, Loader=_PlainLoader))
+    except (yaml.YAMLError, ValueError, TypeError):
+        raise ValueError(f"Options are given as --key value, but got {overrides!r}.") from None
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean --{close[0]}?" if close else f"; its options stand in {hparams_file}."
+            raise ValueError(f"There is no option --{name}{hint}")
+    try:
+        options = yaml.load(resolve_references(text, overrides or None), Loader=_PlainLoader)
+    except (ArithmeticError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The options of {hparams_file} cannot be resolved: {error}.") from None
+    return {**options, **{name: value for name, value in (run_opts or {}).items() if name in options}}
+
+
+def check_options(options):
+    """Refuse values that are out of range, and sets that contradict each other.
+
+    Arguments
+    ---------
+    options : dict
+        From :func:`read_options`.
+
+    Raises
+    ------
+    ValueError
+        One sentence that names the option, the value and what was expected.
+
+    Example
+    -------
+    >>> check_options({"dsd_mode": "dorp"})
+    Traceback (most recent call last):
+    ValueError: --dsd_mode can only be one of none, drop, reorder, but got 'dorp'.
+    """
+    for name, (is_right, expected) in EXPECTED.items():
+        if name in options and not is_right(options[name]):
+            raise ValueError(f"--{name} can only be {expected}, but got {options[name]!r}.")
+
+    get = options.get
+    if get("dsd_mode", "none") != "none" and get("dsd_max_drop_rate", 1) == 0:
+        raise ValueError(
+            f"--dsd_mode {get('dsd_mode')} contradicts --dsd_max_drop_rate 0, under which no sample is ever excluded; "
+            "give a rate above 0, or --dsd_mode none."
+        )
+    if get("kernel_size", 2) % 2 or get("chunk_size", 2) % 2:
+        name = "kernel_size" if get("kernel_size", 2) % 2 else "chunk_size"
+        raise ValueError(f"--{name} must be even, but got {options[name]}.")
+    if get("num_filters", 1) % get("num_heads", 1):
+        raise ValueError(
+            f"--num_heads must divide num_filters, but got {options['num_heads']} for {options['num_filters']} filters."
+        )
+    manifests = [name for name in ("train_manifest", "valid_manifest", "test_manifest") if get(name)]
+    if manifests and len(manifests) < 3:
+        raise ValueError(f"--{manifests[0]} needs the other two of train_manifest, valid_manifest and test_manifest.")
+    if manifests and get("data_folder"):
+        raise ValueError(f"--data_folder {get('data_folder')} contradicts --{manifests[0]}; give one of the two.")
+    for name in (*manifests, "data_folder", "pretrained_folder"):
+        if get(name) and not Path(get(name)).exists():
+            raise ValueError(f"--{name} {get(name)} does not exist.")
+
+
+# What a resumed run cannot change: the model's form.
+MODEL_OPTIONS = (
+    "num_spks",
+    "sample_rate",
+    "num_filters",
+    "kernel_size",
+    "chunk_size",
+    "num_blocks",
+    "num_intra_layers",
+    "num_inter_layers",
+    "num_heads",
+    "d_ffn",
+)
+
+
+def check_resume(options):
+    """Refuse to go on in an output folder whose checkpoints are of another model.
+
+    Arguments
+    ---------
+    options : dict
+        From :func:`read_options`.
+
+    Raises
+    ------
+    ValueError
+        If an option of the model differs from that of the folder's last run.
+    """
+    earlier_file = Path(options["output_folder"]) / "hyperparams.yaml"
+    if not earlier_file.is_file() or not any(Path(options["save_folder"]).glob("CKPT*")):
+        return
+    earlier = read_options(earlier_file)
+    for name in MODEL_OPTIONS:
+        if name in earlier and earlier[name] != options[name]:
+            raise ValueError(
+                f"--{name} is {options[name]}, but the run in {options['output_folder']} had {earlier[name]}; "
+                "give its value to go on, or another --output_folder."
+            )

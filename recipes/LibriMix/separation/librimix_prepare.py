@@ -1,0 +1,1 @@
+../librimix_prepare.py

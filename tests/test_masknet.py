@@ -1,0 +1,447 @@
+"""The mask network and the separator, against SpeechBrain's own on the same weights."""
+
+import itertools
+
+import pytest
+import torch
+from speechbrain.lobes.models.dual_path import (
+    Decoder,
+    Dual_Path_Model,
+    Encoder,
+    SBRNNBlock,
+    SBTransformerBlock,
+    SepformerWrapper,
+)
+from speechbrain.lobes.models.transformer.Transformer import PositionalEncoding
+from speechbrain.nnet.attention import MultiheadAttention
+
+from dsd_modules.masknet import DualPathMaskNet, _positional_encoding, _self_attention
+from dsd_modules.separator import separate
+
+CHANNELS = 8
+
+
+def model_arguments(*, norm_before=True, positions=True, dropout=0.0, layers=2, **changes):
+    transformers = [
+        SBTransformerBlock(
+            layers,
+            2 * CHANNELS,
+            nhead=2,
+            d_ffn=24,
+            dropout=dropout,
+            norm_before=norm_before,
+            use_positional_encoding=positions,
+        )
+        for _ in range(2)
+    ]
+    arguments = {
+        "in_channels": CHANNELS,
+        "out_channels": 2 * CHANNELS,
+        "intra_model": transformers[0],
+        "inter_model": transformers[1],
+        "num_layers": 3,
+        "norm": "ln",
+        "K": 10,
+        "num_spks": 3,
+    }
+    return {**arguments, **changes}
+
+
+def small_masknet(seed=0, **changes):
+    """Two transformer layers, three blocks, three speakers; norms and biases away from their initial values."""
+    torch.manual_seed(seed)
+    masknet = DualPathMaskNet(**model_arguments(**changes))
+    for parameter in masknet.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return masknet
+
+
+def peer_of(masknet, **changes):
+    """SpeechBrain's own model with the same weights."""
+    peer = Dual_Path_Model(**model_arguments(**changes))
+    peer.load_state_dict(masknet.state_dict(), strict=True)
+    return peer.train(masknet.training)
+
+
+def published_size(masknet_class=DualPathMaskNet, num_layers=8):
+    """The mask network of the published SepFormer."""
+    transformers = [
+        SBTransformerBlock(num_layers, 256, 8, 1024, dropout=0, norm_before=True, use_positional_encoding=True)
+        for _ in range(2)
+    ]
+    return masknet_class(256, 256, *transformers, num_layers=2, K=250, num_spks=2, linear_layer_after_inter_intra=False)
+
+
+def coders(kernel=16, channels=CHANNELS):
+    encoder = Encoder(kernel_size=kernel, out_channels=channels)
+    decoder = Decoder(channels, 1, kernel_size=kernel, stride=kernel // 2, bias=False)
+    return encoder, decoder
+
+
+def assert_close(actual, expected, relative=1e-5):
+    """Equal to a share of the expected peak."""
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < relative, f"{error=}"
+
+
+# --- against SpeechBrain ---
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_before", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"K": 7, "positions": False, "skip_around_intra": False},
+        {"norm": "gln", "linear_layer_after_inter_intra": False},
+        {"norm": "cln", "use_global_pos_enc": True, "max_length": 2 * CHANNELS},
+    ],
+)
+def test_equals_speechbrain(changes, norm_before, training):
+    masknet = small_masknet(norm_before=norm_before, **changes).train(training)
+    peer = peer_of(masknet, norm_before=norm_before, **changes)
+    x = torch.randn(2, CHANNELS, 73)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = masknet(ours), peer(theirs)
+    assert_close(output, expected)
+
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    expected.backward(gradient)
+    assert_close(ours.grad, theirs.grad, relative=1e-4)
+    peak = max(p.grad.abs().max() for p in peer.parameters())
+    for (name, parameter), other in zip(masknet.named_parameters(), peer.parameters(), strict=True):
+        assert (parameter.grad - other.grad).abs().max() < 1e-4 * peak, name
+
+
+def test_published_size_takes_speechbrains_checkpoint(monkeypatch):
+    """Keys, shapes and output of the model of SpeechBrain's SepformerWrapper."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(SepformerWrapper, "reset_layer_recursively", lambda *_: None)  # takes 15 s
+    peer = SepformerWrapper().eval()
+    masknet = published_size().eval()
+    masknet.load_state_dict(peer.masknet.state_dict(), strict=True)
+    mixture = torch.randn(1, 3000)
+    with torch.no_grad():
+        x = peer.encoder(mixture)
+        assert_close(masknet(x), peer.masknet(x))
+        # [B, N, T] against SpeechBrain's [B, T, N]
+        assert_close(separate(peer.encoder, masknet, peer.decoder, mixture), peer(mixture).transpose(1, 2))
+
+
+def test_attention_dropout():
+    """Dropout falls on the attention weights, in training only: its mean is the output without dropout."""
+    torch.manual_seed(0)
+    attention = MultiheadAttention(nhead=2, d_model=16, dropout=0.5).att
+    x = torch.randn(1, 12, 16)
+    repeated = x.expand(2000, -1, -1)
+    with torch.no_grad():
+        expected = _self_attention(attention.eval(), x)[0]
+        dropped = _self_attention(attention.train(), repeated)
+    error = (dropped.mean(0) - expected).abs().max()
+    assert error < 6 * dropped.std(0).max() / 2000**0.5
+    assert dropped.std(0).min() > 0
+
+
+def test_dropout_of_all_layers():
+    """With a dropout that drops nearly everything, only the residual path is left, as in SpeechBrain's."""
+    masknet = small_masknet(dropout=1 - 1e-7).train()
+    peer = peer_of(masknet, dropout=1 - 1e-7)
+    x = torch.randn(2, CHANNELS, 73)
+    assert_close(masknet(x), peer(x))
+    drop_nothing = peer_of(masknet).train()
+    assert (drop_nothing(x) - peer(x)).abs().max() > 1e-2
+
+
+def test_autocast_is_close_and_finite():
+    masknet = small_masknet().eval()
+    x = torch.randn(3, CHANNELS, 73)
+    lengths = torch.tensor([73, 50, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, padded = masknet(x), masknet(x, lengths)
+    assert_close(plain.float(), masknet(x), relative=0.1)
+    assert_close(padded.float(), masknet(x, lengths), relative=0.1)
+
+
+# --- blocks ---
+
+
+def test_every_block_equals_a_model_that_ends_there():
+    masknet = small_masknet().eval()
+    x = torch.randn(2, CHANNELS, 73)
+    masks = masknet(x, blocks="all")  # [L, spks, B, N, F]
+    assert masks.shape == (3, 3, 2, CHANNELS, 73)
+    assert torch.equal(masks[-1], masknet(x))
+    for num_layers in (1, 2, 3):
+        truncated = Dual_Path_Model(**model_arguments(num_layers=num_layers)).eval()
+        kept = {k: v for k, v in masknet.state_dict().items() if k in truncated.state_dict()}
+        truncated.load_state_dict(kept, strict=True)
+        assert_close(masks[num_layers - 1], truncated(x))
+
+
+@pytest.mark.parametrize(("blocks", "indices"), [([0], [0]), ([-2, 0], [1, 0]), ((-1, 2), [2, 2]), (range(2), [0, 1])])
+def test_only_what_was_asked_for_is_computed(blocks, indices):
+    masknet = small_masknet().eval()
+    x = torch.randn(2, CHANNELS, 73)
+    every = masknet(x, blocks="all")
+    calls = []
+    for module in (*masknet.dual_mdl, masknet.end_conv1x1):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    masks = masknet(x, blocks=blocks)
+    assert torch.equal(masks, every[indices])
+    assert sum(module is masknet.end_conv1x1 for module in calls) == len(set(indices))
+    assert sum(module in list(masknet.dual_mdl) for module in calls) == max(indices) + 1
+
+
+def test_all_parameters_take_part():
+    """DistributedDataParallel waits for the gradient of every parameter."""
+    for blocks, lengths in itertools.product([None, "all"], [None, [73, 20]]):
+        masknet = small_masknet()
+        masknet(torch.randn(2, CHANNELS, 73), lengths, blocks).sum().backward()
+        assert all(parameter.grad is not None for parameter in masknet.parameters())
+
+
+# --- initialisation ---
+
+
+def test_each_block_is_initialised_on_its_own():
+    torch.manual_seed(3)
+    masknet = DualPathMaskNet(**model_arguments())
+    matrices = [(name, p) for name, p in masknet.named_parameters() if p.dim() > 1]
+    for (name, one), (other_name, other) in itertools.combinations(matrices, 2):
+        shared = torch.isin(one, other).float().mean()  # two random floats may coincide
+        assert shared < 0.01, f"{name} shares {shared:.0%} of its values with {other_name}"
+
+
+def test_initialisation_is_pytorchs():
+    """The same rule and defaults as freshly built modules: spread of the weights, zeros and ones."""
+    torch.manual_seed(3)
+    masknet = DualPathMaskNet(**model_arguments())
+    for index, block in enumerate(masknet.dual_mdl):
+        fresh = Dual_Path_Model(**model_arguments(num_layers=1)).dual_mdl[0]
+        for (name, parameter), expected in zip(block.named_parameters(), fresh.parameters(), strict=True):
+            if expected.unique().numel() == 1:
+                assert torch.equal(parameter, expected), (index, name)
+            else:
+                torch.testing.assert_close(parameter.std(), expected.std(), rtol=0.5, atol=0)
+
+
+def test_initialisation_follows_the_seed():
+    one, same, other = (small_masknet(seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    name = "dual_mdl.1.inter_mdl.mdl.layers.0.self_att.att.in_proj_weight"
+    assert not torch.equal(one[name], other[name])
+
+
+# --- lengths ---
+
+
+@pytest.mark.parametrize("changes", [{}, {"K": 7}, {"norm": "gln", "norm_before": False}, {"norm": "cln"}])
+def test_padded_batch_equals_single_items(changes):
+    """Also an item shorter than a chunk, of a single frame, and at the edges of a chunk."""
+    masknet = small_masknet(**changes).eval()
+    peer = peer_of(masknet, **changes)
+    lengths = [73, 41, 35, 34, 20, 5, 1]
+    x = 3 * torch.randn(len(lengths), CHANNELS, max(lengths)) + 1
+    masks = masknet(x, torch.tensor(lengths), "all")  # [L, spks, B, N, F]
+    for b, length in enumerate(lengths):
+        alone = masknet(x[b : b + 1, :, :length], blocks="all")[:, :, 0]
+        assert_close(masks[:, :, b, :, :length], alone)
+        assert_close(masks[-1, :, b, :, :length], peer(x[b : b + 1, :, :length])[:, 0])
+        assert masks[:, :, b, :, length:].count_nonzero() == 0
+
+
+def test_global_positions_with_lengths():
+    masknet = small_masknet(use_global_pos_enc=True, max_length=2 * CHANNELS).eval()
+    x = torch.randn(2, CHANNELS, 73)
+    masks = masknet(x, [73, 30])
+    assert_close(masks[:, 1, :, :30], masknet(x[1:, :, :30])[:, 0])
+
+
+def test_padding_does_not_matter_and_gradients_are_finite():
+    lengths = torch.tensor([73, 40, 3])
+    x = torch.randn(3, CHANNELS, 73)
+    noisy = x.clone()
+    for b, length in enumerate(lengths):
+        noisy[b, :, length:] = 1e4 * torch.randn(CHANNELS, 73 - length)
+    gradients = []
+    for inputs in (x, noisy):
+        masknet = small_masknet()
+        inputs.requires_grad_()
+        masknet(inputs, lengths, "all").square().sum().backward()
+        gradients.append([inputs.grad, *(p.grad for p in masknet.parameters())])
+    for clean, other in zip(*gradients, strict=True):
+        assert torch.isfinite(clean).all()
+        assert torch.equal(clean, other)
+    for b, length in enumerate(lengths):
+        assert gradients[0][0][b, :, length:].count_nonzero() == 0
+
+
+def test_gradients_of_a_padded_batch_are_those_of_its_items():
+    masknet = small_masknet()
+    lengths = [73, 40, 3]
+    x = torch.randn(3, CHANNELS, 73)
+    masknet(x, lengths).square().sum().backward()
+    padded = [p.grad.clone() for p in masknet.parameters()]
+    masknet.zero_grad()
+    for b, length in enumerate(lengths):
+        masknet(x[b : b + 1, :, :length]).square().sum().backward()
+    peak = max(p.grad.abs().max() for p in masknet.parameters())
+    for gradient, parameter in zip(padded, masknet.parameters(), strict=True):
+        assert (gradient - parameter.grad).abs().max() < 1e-4 * peak
+
+
+def test_full_lengths_take_the_plain_path():
+    masknet = small_masknet().eval()
+    x = torch.randn(2, CHANNELS, 73)
+    masks = []
+    masknet.dual_mdl[0].register_forward_pre_hook(lambda _, args: masks.append(args[1]))
+    assert torch.equal(masknet(x, torch.tensor([73, 73])), masknet(x))
+    masknet(x, [73, 72])
+    assert [mask is None for mask in masks] == [True, True, False]
+
+
+# --- long sequences ---
+
+
+def test_positions_beyond_those_held():
+    encoding = PositionalEncoding(6, max_len=5)
+    torch.testing.assert_close(_positional_encoding(encoding, 40), PositionalEncoding(6, max_len=40).pe)
+    assert torch.equal(_positional_encoding(encoding, 3), encoding.pe[:, :3])
+
+
+def test_more_chunks_than_speechbrain_holds():
+    changes = {"K": 2, "layers": 1, "num_layers": 1}
+    masknet = small_masknet(**changes).eval()
+    peer = peer_of(masknet, **changes)
+    x = torch.randn(2, CHANNELS, 2600)
+    with pytest.raises(RuntimeError):
+        peer(x)
+    peer.dual_mdl[0].inter_mdl.pos_enc = PositionalEncoding(2 * CHANNELS, max_len=2700)
+    with torch.no_grad():
+        assert_close(masknet(x), peer(x))
+        assert_close(masknet(x, [2600, 2550])[:, 1, :, :2550], peer(x[1:, :, :2550])[:, 0])
+
+
+# --- separate ---
+
+
+@pytest.mark.parametrize("blocks", [None, "all", [0]])
+def test_separate_equals_single_items(blocks):
+    torch.manual_seed(0)
+    encoder, decoder = coders()
+    masknet = small_masknet().eval()
+    lengths = [611, 610, 608, 333, 57, 16]
+    mixture = torch.randn(len(lengths), 611)
+    garbage = mixture.clone()
+    for b, length in enumerate(lengths):
+        garbage[b, length:] = 100 * torch.randn(611 - length)
+    estimates = separate(encoder, masknet, decoder, mixture, torch.tensor(lengths), blocks)  # [..., B, N, T]
+    assert estimates.shape[-3:] == (6, 3, 611)
+    assert torch.equal(estimates, separate(encoder, masknet, decoder, garbage, lengths, blocks))
+    for b, length in enumerate(lengths):
+        alone = separate(encoder, masknet, decoder, mixture[b : b + 1, :length], blocks=blocks)
+        assert_close(estimates[..., b, :, :length], alone[..., 0, :, :])
+        assert estimates[..., b, :, length:].count_nonzero() == 0
+
+
+def test_separate_orders_blocks_items_and_speakers():
+    """Each axis on its own, against masks decoded one at a time."""
+    encoder, decoder = coders()
+    masknet = small_masknet().eval()
+    mixture = torch.randn(2, 200)
+    estimates = separate(encoder, masknet, decoder, mixture, blocks="all")  # [L, B, N, T]
+    features = encoder(mixture)
+    masks = masknet(features, blocks="all")  # [L, spks, B, N, F]
+    for block, item, speaker in itertools.product(range(3), range(2), range(3)):
+        expected = decoder((masks[block, speaker, item] * features[item])[None])[0]
+        assert_close(estimates[block, item, speaker], expected)
+
+
+@pytest.mark.parametrize("num_samples", [16, 17, 200])
+def test_separate_single_rows(num_samples):
+    """SpeechBrain's decoder squeezes its output: one item, one block and one speaker keep their axes."""
+    encoder, decoder = coders()
+    masknet = small_masknet(num_spks=1)
+    mixture = torch.randn(1, num_samples)
+    assert separate(encoder, masknet, decoder, mixture).shape == (1, 1, num_samples)
+    assert separate(encoder, masknet, decoder, mixture, blocks=[0]).shape == (1, 1, 1, num_samples)
+
+
+def test_separate_calls_each_module_once_through_its_wrapper():
+    class Wrapper(torch.nn.Module):  # hides attributes, as DistributedDataParallel does
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    encoder, decoder = coders()
+    modules = [Wrapper(module) for module in (encoder, small_masknet(), decoder)]
+    separate(*modules, torch.randn(3, 100), [100, 70, 50], "all").sum().backward()
+    assert [module.calls for module in modules] == [1, 1, 1]
+    assert all(p.grad is not None for module in modules for p in module.parameters())
+
+
+def test_separate_published_size_equals_single_items():
+    torch.manual_seed(0)
+    encoder, decoder = coders(channels=256)
+    masknet = published_size().eval()
+    lengths = [3211, 1777]  # 400 and 221 frames: 6 chunks and 4, of 250
+    mixture = torch.randn(2, 3211)
+    with torch.no_grad():
+        estimates = separate(encoder, masknet, decoder, mixture, lengths, "all")  # [L, B, N, T]
+        for b, length in enumerate(lengths):
+            alone = separate(encoder, masknet, decoder, mixture[b : b + 1, :length], blocks="all")[:, 0]
+            assert_close(estimates[:, b, :, :length], alone, relative=1e-4)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [([3], "block 3"), ([0, -4], "block -4"), ([], "at least one"), ("last", "'last'")],
+)
+def test_wrong_blocks(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        small_masknet()(torch.randn(1, CHANNELS, 30), blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [([30, 31], r"\[30, 31\]"), ([0, 30], r"\[0, 30\]"), ([30], r"shape \[2\], but got \[1\]")],
+)
+def test_wrong_lengths(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        small_masknet()(torch.randn(2, CHANNELS, 30), lengths)
+
+
+def test_wrong_models():
+    with pytest.raises(ValueError, match="SBRNNBlock"):
+        DualPathMaskNet(**model_arguments(intra_model=SBRNNBlock(16, 8, 1)))
+    with pytest.raises(ValueError, match="RoPEMHA"):
+        DualPathMaskNet(**model_arguments(inter_model=SBTransformerBlock(1, 16, 2, attention_type="RoPEMHA")))
+    with pytest.raises(ValueError, match="got 1"):
+        DualPathMaskNet(**model_arguments(K=1))
+    with pytest.raises(ValueError, match="'bn'"):
+        small_masknet(norm="bn")(torch.randn(2, CHANNELS, 30), [30, 10])
+
+
+def test_wrong_mixtures():
+    modules = [coders()[0], small_masknet(), coders()[1]]
+    with pytest.raises(ValueError, match="15 samples, fewer than the encoder's kernel of 16"):
+        separate(*modules, torch.randn(2, 15))
+    with pytest.raises(ValueError, match="15 samples, fewer than the encoder's kernel of 16"):
+        separate(*modules, torch.randn(2, 100), [100, 15])
+    with pytest.raises(ValueError, match=r"exceed the 100 samples of the batch: \[101, 20\]"):
+        separate(*modules, torch.randn(2, 100), [101, 20])
+    with pytest.raises(ValueError, match=r"shape \[2\], but got \[3\]"):
+        separate(*modules, torch.randn(2, 100), [100, 20, 20])
+    with pytest.raises(ValueError, match=r"\[2, 1, 100\]"):
+        separate(*modules, torch.randn(2, 1, 100))
