@@ -64,7 +64,8 @@ class LearningRate(ReduceLROnPlateau):
     def on_step(self, optimizer, progress):
         """Set the rate of the coming optimizer step; ``progress`` is the share of all steps that are done."""
         if self.schedule == "linear":
-            update_learning_rate(optimizer, self.lr * linear_decay(progress, self.warmup))
+            for group in optimizer.param_groups:  # SpeechBrain's update_learning_rate would log every step
+                group["lr"] = self.lr * linear_decay(progress, self.warmup)
 
     def on_epoch(self, optimizer, epoch, valid_loss):
         """Set the rate of the coming epoch."""

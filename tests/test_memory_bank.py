@@ -193,9 +193,7 @@ def test_counts_by_hand():
     bank.start_epoch(3)
     bank.update(rows, other, torch.full((4,), 1.0), torch.tensor([True, True, False, True]))
     # dropped; re-admitted, and no switch; uncounted; agrees
-    expected = EpochCounts(
-        visits=4, uncounted=1, revisits=3, label_switches=1, dropped_samples=1, readmitted_samples=1
-    )
+    expected = EpochCounts(visits=4, uncounted=1, revisits=3, label_switches=1, dropped_samples=1, readmitted_samples=1)
     assert bank.counts == expected
     assert bank.end_epoch() == expected
 

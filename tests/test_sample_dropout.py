@@ -303,7 +303,16 @@ def contradict(bank, rows, metric=1.0):
 
 @pytest.mark.parametrize(
     ("num_samples", "rate", "expected"),
-    [(10, 0.0, 0), (10, 0.05, 0), (10, 0.1, 1), (10, 0.19, 1), (10, 0.3, 3), (10, 0.7, 7), (7, 0.5, 3), (100, 0.29, 29)],
+    [
+        (10, 0.0, 0),
+        (10, 0.05, 0),
+        (10, 0.1, 1),
+        (10, 0.19, 1),
+        (10, 0.3, 3),
+        (10, 0.7, 7),
+        (7, 0.5, 3),
+        (100, 0.29, 29),
+    ],
 )
 @pytest.mark.parametrize("mode", ["drop", "reorder"])
 def test_cap_is_the_floor_first_come(num_samples, rate, expected, mode):
@@ -378,7 +387,7 @@ class SlowRule:
         if not math.isfinite(metric) or not valid:
             return "keep", perm, False
         if sample not in self.memory:
-            self.memory[sample] = dict(best=metric, perm=perm, last=perm, visits=1, exclusions=0, run=0)
+            self.memory[sample] = {"best": metric, "perm": perm, "last": perm, "visits": 1, "exclusions": 0, "run": 0}
             return "keep", perm, False
         entry = self.memory[sample]
         is_switched = perm != entry["last"]
@@ -434,9 +443,7 @@ def test_random_visits_equal_the_slow_rule(mode, options, num_spks):
             perms = [tuple(rng.sample(range(num_spks), num_spks)) for _ in rows]
             metrics = [rng.choice([NAN, INF, *(m / 4 for m in range(-8, 25))]) for _ in rows]
             valid = [rng.random() > 0.1 for _ in rows]
-            decision = bank.update(
-                torch.tensor(rows), torch.tensor(perms), torch.tensor(metrics), torch.tensor(valid)
-            )
+            decision = bank.update(torch.tensor(rows), torch.tensor(perms), torch.tensor(metrics), torch.tensor(valid))
             for b, visited in enumerate(zip(rows, perms, metrics, valid, strict=True)):
                 action, trained, is_switched = oracle.visit(*visited)
                 assert ACTIONS[decision.action[b].item()] == action

@@ -37,7 +37,7 @@ MEN = (
 )
 LANGUAGES = (
     *("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029"),
-    *("en-us-nyc", "de", "de", "fr", "fr-be", "es", "es-419", "it", "it"),
+    *("en-us-nyc", "de", "de", "fr", "fr", "es", "es-419", "it", "it"),
 )
 
 

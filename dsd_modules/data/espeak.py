@@ -2,7 +2,8 @@
 
 espeak-ng's output depends on the calls made before in the same process, and on the clock, from which it seeds
 its noise. So each voice is synthesised by running this file as a script: a fresh interpreter, a fixed seed, one
-fixed order of calls, the same bytes every time. The script needs the standard library only, which keeps its start-up at some hundredths of a second.
+fixed order of calls, the same bytes every time. The script needs the standard library only, which keeps its
+start-up at some hundredths of a second.
 """
 
 import ctypes

@@ -185,6 +185,13 @@ def mix_recordings(
     ValueError
         If an argument makes no sense, a package or file is missing, a recording is not fit, or two sets have a
         speaker in common.
+
+    Example
+    -------
+    >>> mix_recordings("data", {"train-360": "all.csv:20:", "dev": "all.csv:0:20"})
+    Traceback (most recent call last):
+    ...
+    ValueError: all.csv cannot be read as a csv file: [Errno 2] No such file or directory: 'all.csv'
     """
     settings = MixSettings(num_spks, sample_rate, mode, noise or noise_folder is not None, max_seconds, seed)
     if not corpora:
@@ -349,7 +356,7 @@ def main(arguments=None):
         else:
             options["sets"] = {name: _SETS["train-360" if split_of(name) == "train" else name] for name in names}
         print((generate_synthetic if kind == "synthetic" else mix_recordings)(**options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # libsndfile's errors are RuntimeErrors
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0

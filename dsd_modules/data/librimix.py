@@ -109,6 +109,16 @@ def read_corpus(csv_path):
     ------
     ValueError
         If the csv, a column or a recording is missing, or an ``id`` is doubled or no file name.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> soundfile.write(f"{folder.name}/a.wav", np.zeros(8000), 8000)
+    >>> csv_path = write_csv(Path(folder.name, "all.csv"), ("id", "speaker", "path"), [("a-1", "ann", "a.wav")])
+    >>> [utterance.speaker for utterance in read_corpus(csv_path)]
+    ['ann']
+    >>> folder.cleanup()
     """
     csv_path = Path(csv_path)
     try:
@@ -169,28 +179,30 @@ def draw_groups(speakers, num_groups, num_spks, rng, may_repeat=False):
     >>> sorted(tuple(sorted(group)) for group in groups)
     [(0, 2), (1, 2)]
     """
-    counts = Counter(speakers)
-    if len(counts) < num_spks:
-        raise ValueError(f"mixtures of {num_spks} speakers need as many speakers, but got {len(counts)}")
+    positions = {}  # of each speaker's utterances
+    for position, speaker in enumerate(speakers):
+        positions.setdefault(speaker, []).append(position)
+    names = np.array(list(positions))
+    sizes = np.array([len(own) for own in positions.values()])
+    if len(names) < num_spks:
+        raise ValueError(f"mixtures of {num_spks} speakers need as many speakers, but got {len(names)}")
     # The number of ways to pick utterances of different speakers: an elementary symmetric polynomial.
     ways = [1] + [0] * num_spks
-    for count in counts.values():
+    for size in sizes.tolist():
         for k in range(num_spks, 0, -1):
-            ways[k] += count * ways[k - 1]
+            ways[k] += size * ways[k - 1]
     limit = math.ceil(num_groups / ways[num_spks])
     if limit > 1 and not may_repeat:
         raise ValueError(
-            f"{len(speakers)} utterances of {len(counts)} speakers allow {ways[num_spks]} different mixtures of "
+            f"{len(speakers)} utterances of {len(names)} speakers allow {ways[num_spks]} different mixtures of "
             f"{num_spks} speakers, but {num_groups} are wanted (max_seconds lets long utterances meet again)"
         )
-    names, sizes = np.array(list(counts)), np.array(list(counts.values()))
-    positions = [[i for i, speaker in enumerate(speakers) if speaker == name] for name in counts]
     used, groups = Counter(), []
     while len(groups) < num_groups:
         for first in rng.permutation(len(speakers)):
             weights = sizes * (names != speakers[first])
-            others = rng.choice(len(names), num_spks - 1, replace=False, p=weights / weights.sum())
-            group = rng.permutation([first, *(rng.choice(positions[k]) for k in others)]).tolist()
+            others = rng.choice(names, num_spks - 1, replace=False, p=weights / weights.sum())
+            group = rng.permutation([first, *(rng.choice(positions[name]) for name in others)]).tolist()
             key = tuple(sorted(group))
             if used[key] < limit:
                 used[key] += 1
@@ -255,6 +267,9 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
     except ValueError as error:
         raise ValueError(f"set {set_name}: {error}") from error
     names = _unique_names("_".join(utterances[i].id for i in group) for group in groups)
+    longest = max(names, key=len)
+    if len(longest.encode()) > 250:
+        raise ValueError(f"set {set_name}: the name {longest}.wav is too long; the recordings need shorter ids")
 
     def mix(index):
         sources = [utterances[i] for i in groups[index]]
@@ -332,6 +347,13 @@ def read_recording(path):
     ------
     ValueError
         If the file is missing, not audio, not mono, shorter than 0.4 s, silent, or holds NaN or infinity.
+
+    Example
+    -------
+    >>> read_recording("missing.wav")
+    Traceback (most recent call last):
+    ...
+    ValueError: missing.wav cannot be read as audio
     """
     pyloudnorm = import_pyloudnorm()
     try:
