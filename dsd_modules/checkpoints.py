@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill at any moment, and recoverables for what SpeechBrain leaves out."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -16,6 +17,8 @@ from speechbrain.utils.checkpoints import (
     torch_recovery,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
+
+logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished-"
 
@@ -35,14 +38,15 @@ class WholeCheckpointer(Checkpointer):
             for leftover in self.checkpoints_dir.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, **kwargs):
+    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
         """See :meth:`Checkpointer.save_checkpoint`."""
         for recoverable in self.recoverables.values():
             if hasattr(recoverable, "synchronize"):
                 recoverable.synchronize()
         final = self._new_checkpoint_dirpath() if name is None else self._custom_checkpoint_dirpath(name)
-        name = f"{_UNFINISHED}{final.name}"
-        checkpoint = super().save_checkpoint(meta=meta or {}, end_of_epoch=end_of_epoch, name=name, **kwargs)
+        checkpoint = super().save_checkpoint(
+            meta or {}, end_of_epoch, name=f"{_UNFINISHED}{final.name}", verbosity=logging.DEBUG
+        )
         if checkpoint is not None:  # the main process
             for path in [*checkpoint.path.iterdir(), checkpoint.path]:
                 _flush_to_disk(path)
@@ -50,6 +54,7 @@ class WholeCheckpointer(Checkpointer):
             _flush_to_disk(self.checkpoints_dir)
             files = {name: final / path.name for name, path in checkpoint.paramfiles.items()}
             checkpoint = checkpoint._replace(path=final, paramfiles=files)
+            logger.log(verbosity, f"Saved a checkpoint in {final}")
         ddp_barrier()
         return checkpoint
 
@@ -59,10 +64,11 @@ class WholeCheckpointer(Checkpointer):
         return Checkpointer._custom_checkpoint_dirpath(self, name)
 
     @staticmethod
-    def _delete_checkpoint(checkpoint, **kwargs):
+    def _delete_checkpoint(checkpoint, verbosity=logging.INFO):
         doomed = checkpoint.path.with_name(f"{_UNFINISHED}{checkpoint.path.name}")
         os.rename(checkpoint.path, doomed)
         shutil.rmtree(doomed)
+        logger.log(verbosity, f"Deleted the checkpoint in {checkpoint.path}")
 
     def check_recoverable(self, name):
         """Load one recoverable of the newest checkpoint, to see early whether it fits.

@@ -1,6 +1,5 @@
 """Trained separators: export them, start from their weights, and separate recordings with them."""
 
-import contextlib
 import glob
 import math
 import os
@@ -33,6 +32,10 @@ _CLASSES = {
 }
 _TRANSFORMERS = {"speechbrain.lobes.models.dual_path.SBTransformerBlock": SBTransformerBlock}
 _MODULES = tuple(_CLASSES)
+_PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
+}
+_HEARD_RMS = 0.05  # about that of LibriMix's mixtures
 _HPARAMS_FILE = "hyperparams.yaml"
 _FILES = {_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)}
 
@@ -176,6 +179,7 @@ def export_model(folder, options, modules):
                 torch.save(state, stream)
         _sync_folder(beside)
         if target.exists():
+            _remove_siblings(target, "old")
             os.rename(target, aside)
         os.rename(beside, target)
     except BaseException:
@@ -215,14 +219,15 @@ def load_weights(folder, modules):
     states = {name: _read_state(folder / f"{name}.ckpt") for name in _MODULES}
     for name, state in states.items():
         _check_state(state, modules[name], f"{folder / f'{name}.ckpt'} does not fit the model")
-    # The number of heads shows in no weight. A folder of weights alone does not tell it.
-    with contextlib.suppress(FileNotFoundError):
-        theirs, ours = _num_heads(_read_modules(folder)[0]["masknet"]), _num_heads(modules["masknet"])
-        if theirs != ours:
-            raise ValueError(
-                f"{folder / _HPARAMS_FILE} does not fit the model: its attention layers have {theirs} heads, "
-                f"the model's {ours}."
-            )
+    try:
+        heads = _num_heads(_read_modules(folder)[0]["masknet"])  # which no weight shows
+    except (FileNotFoundError, ValueError):
+        heads = None  # weights that came without a YAML of this form
+    if heads not in (None, _num_heads(modules["masknet"])):
+        raise ValueError(
+            f"{folder / _HPARAMS_FILE} does not fit the model: its attention layers have {heads} heads, "
+            f"but expected {_num_heads(modules['masknet'])}."
+        )
     for name, state in states.items():
         modules[name].load_state_dict(state)
 
@@ -308,7 +313,8 @@ class SepformerDSDSeparation:
             state = _read_state(path)
             _check_state(state, module, f"{path} does not fit {_HPARAMS_FILE}")
             module.load_state_dict(state, assign=True)  # the module was built without memory
-        return cls({name: module.float() for name, module in modules.items()}, sample_rate, **_device(run_opts))
+        device = (run_opts or {}).get("device") or "cpu"
+        return cls({name: module.float() for name, module in modules.items()}, sample_rate, device)
 
     @torch.no_grad()
     def separate_batch(self, mix, lengths=None):
@@ -368,7 +374,8 @@ class SepformerDSDSeparation:
 
         Channels are averaged, and another sample rate is converted. Each voice is scaled by one gain, so that
         the voices add up to the recording as well as they can: their relative levels are kept. All voices are
-        turned down together where the loudest sample would exceed 1. Silence gives silence.
+        turned down together where the loudest sample would exceed 1. Silence gives silence; the level of the
+        recording does not matter otherwise.
 
         Arguments
         ---------
@@ -386,7 +393,10 @@ class SepformerDSDSeparation:
             If the file is missing, no audio, empty or not finite.
         """
         mixture = _read_mono(path, self.sample_rate)  # [T]
-        estimates = self.separate_batch(torch.from_numpy(mixture)[None])[0].cpu().numpy()  # [T, N]
+        rms = np.sqrt(np.mean(mixture**2))
+        # The network's normalisation fails on faint input, so it hears every recording at one level.
+        heard = torch.from_numpy(mixture * (_HEARD_RMS / rms if rms > 0 else 1.0)).float()  # [T]
+        estimates = self.separate_batch(heard[None])[0].cpu().numpy()  # [T, N]
         estimates = estimates * _mixing_gains(estimates, mixture)  # [T, N], float64
         peak = np.abs(estimates).max()
         return torch.from_numpy((estimates / max(peak, 1.0)).astype(np.float32))
@@ -475,11 +485,6 @@ def _read_plan(text, where):
     return plan
 
 
-_PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
-}
-
-
 def _tags(node):
     """The tags of all nodes, each once."""
     tags, seen, nodes = {}, set(), [node]
@@ -553,6 +558,9 @@ def _read_state(path):
         raise ValueError(f"{path} is no checkpoint of weights alone: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} is no checkpoint: expected tensors by name, but got {type(state).__name__}.")
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} holds weights that are NaN or infinite, first in {key}.")
     return state
 
 
@@ -578,10 +586,6 @@ def _num_heads(masknet):
     return " and ".join(map(str, sorted(heads)))
 
 
-def _device(run_opts):
-    return {"device": run_opts["device"]} if run_opts and run_opts.get("device") else {}
-
-
 def _remove_siblings(target, ending):
     """Remove the temporary folders that this export, or a killed one, left beside the target."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.{ending}"):
@@ -598,22 +602,21 @@ def _sync_folder(folder):
 
 
 def _read_mono(path, sample_rate):
-    """A recording as one channel [T] at a sample rate, float32."""
+    """A recording as one channel [T] at a sample rate, float64."""
     if not Path(path).is_file():
         raise ValueError(f"The audio file {path} was not found.")
     try:
-        samples, file_rate = soundfile.read(path, dtype="float64", always_2d=True)  # [T, channels]
+        samples, file_rate = soundfile.read(path, dtype="float32", always_2d=True)  # [T, channels]
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: headerless formats
         raise ValueError(f"{path} cannot be read as audio: {error}") from None
     if len(samples) == 0:
         raise ValueError(f"{path} is empty: it has no samples.")
-    mixture = samples.mean(axis=1)  # [T]
-    if np.isfinite(mixture).all() and file_rate != sample_rate:
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path} holds samples that are NaN or infinite.")
+    mixture = samples.mean(axis=1, dtype=np.float64)  # [T]
+    if file_rate != sample_rate:
         divisor = math.gcd(file_rate, sample_rate)
         mixture = scipy.signal.resample_poly(mixture, sample_rate // divisor, file_rate // divisor)  # [T']
-    mixture = mixture.astype(np.float32)
-    if not np.isfinite(mixture).all():
-        raise ValueError(f"{path} holds samples that are NaN or infinite.")
     return mixture
 
 

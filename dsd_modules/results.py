@@ -70,10 +70,11 @@ def finish_run(output_folder, exported, test_set):
     example = separate_example(exported, test_set[test_set.data_ids.index(median_id)], output_folder / "examples")
     history = read_history(output_folder / "history.csv")
     draw_report(history, output_folder / "report.png", results=mean, example=example)
-    blocks = ", ".join(f"{name[9:]} {mean[name]:.2f}" for name in mean if name.startswith("si_sdri_block"))
+    of_blocks = {name.removeprefix("si_sdri_"): value for name, value in mean.items() if "_block" in name}
+    blocks = ", ".join(f"{block} {value:.2f}" for block, value in of_blocks.items())
     print(
         f"\nTest, {len(rows)} mixtures: SI-SDRi {mean['si_sdri']:.2f} dB, SDRi {mean['sdri']:.2f} dB "
-        f"(SI-SDRi of each block: {blocks})\n"
+        f"({blocks})\n"
         f"  results table     {output_folder / 'test_results.csv'}\n"
         f"  figure            {output_folder / 'report.png'}\n"
         f"  TensorBoard       tensorboard --logdir {output_folder / 'tensorboard'}\n"

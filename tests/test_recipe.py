@@ -1,0 +1,170 @@
+"""The real recipe, tiny: it learns, counts, survives kills, and equals what it should."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HPARAMS, REPOSITORY, TINY, TINY_MODEL, arguments
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsd_modules.report import read_history
+
+MODULES = ("encoder", "masknet", "decoder")
+
+
+def newest(output_folder):
+    return sorted(Path(output_folder, "save").glob("CKPT*"))[-1]
+
+
+def weights(output_folder):
+    """All weights of the newest checkpoint."""
+    state = {}
+    for name in MODULES:
+        saved = torch.load(newest(output_folder) / f"{name}.ckpt", weights_only=True)
+        state.update({f"{name}.{key}": value for key, value in saved.items()})
+    return state
+
+
+def scalars(output_folder):
+    """Every TensorBoard scalar as {tag: [(step, value)]}."""
+    events = EventAccumulator(str(Path(output_folder, "tensorboard")), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_run(one, other):
+    """Equal weights, optimizer, bank, and records."""
+    expected, actual = weights(one), weights(other)
+    assert expected.keys() == actual.keys()
+    for key in expected:
+        assert torch.equal(expected[key], actual[key]), key
+    for name in ("memory_bank", "probe_bank"):
+        expected, actual = (torch.load(newest(run) / f"{name}.ckpt", weights_only=True) for run in (one, other))
+        for key in expected:
+            assert np.array_equal(expected[key], actual[key]), (name, key)
+    for name in ("train_log.txt", "exclusions.csv", "test_results.csv"):
+        assert Path(one, name).read_text() == Path(other, name).read_text(), name
+    histories = [read_history(Path(run, "history.csv")) for run in (one, other)]
+    for expected, actual in zip(*histories, strict=True):
+        expected, actual = ({k: v for k, v in row.items() if k != "seconds"} for row in (expected, actual))
+        assert expected == pytest.approx(actual, nan_ok=True, abs=0)
+    assert scalars(one) == scalars(other)
+
+
+@pytest.fixture(scope="module")
+def whole_run(librimix, recipe, tmp_path_factory):
+    """Four epochs with everything on, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    hook = sys.excepthook
+    recipe.main([str(HPARAMS), *arguments({**KILLED, "data_folder": librimix, "output_folder": folder})])
+    sys.excepthook = hook
+    return folder
+
+
+# Random crops, accumulated gradients and checkpoints inside the epoch: all that a resume could get wrong.
+KILLED = {
+    **TINY,
+    "number_of_epochs": 4,
+    "segment_seconds": 0.3,
+    "grad_accumulation_factor": 2,
+    "batch_size": 2,
+    "ckpt_interval_minutes": 0,
+    "ckpt_interval_steps": 3,
+    "lr_schedule": "linear",
+    "dsd_patience": 2,
+}
+
+
+def test_the_loss_falls_and_switches_are_counted(whole_run):
+    history = read_history(whole_run / "history.csv")
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 1
+    assert history[-1]["valid_loss"] < history[0]["valid_loss"] - 1
+    assert history[0]["label_switches"] == 0  # nothing to compare with yet
+    assert sum(row["label_switches"] for row in history) > 0
+    assert history[0]["dropped_samples"] == 0
+    assert sum(row["dropped_samples"] for row in history) > 0
+    for row in history:
+        assert row["label_switch_rate"] == (row["label_switches"] / 24 if row["epoch"] > 1 else 0)
+
+
+def test_the_audit_has_a_row_for_each_exclusion(whole_run):
+    history = read_history(whole_run / "history.csv")
+    with open(whole_run / "exclusions.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    columns = ["epoch", "id", "action", "stored_assignment", "assignment", "stored_metric", "metric"]
+    assert list(rows[0]) == columns
+    for epoch in history:
+        in_epoch = [row for row in rows if int(row["epoch"]) == epoch["epoch"]]
+        assert len(in_epoch) == epoch["dropped_samples"]
+    for row in rows:
+        assert row["action"] == "drop"
+        assert row["id"].startswith("train-360_")
+        assert row["assignment"] != row["stored_assignment"]
+        assert float(row["metric"]) <= float(row["stored_metric"])
+
+
+def test_tensorboard_holds_the_numbers_of_the_log(whole_run):
+    events, history = scalars(whole_run), read_history(whole_run / "history.csv")
+    for tag in (
+        "label_switches",
+        "label_switch_rate",
+        "dropped_samples",
+        "reordered_samples",
+        "probe_label_switches",
+        "lr",
+        "loss/train",
+        "loss/valid",
+        "si_sdr/train",
+        "si_sdri/valid",
+        "si_sdri_block1/train",
+        "si_sdri_block2/valid",
+        "layer_decoupling_block1/train",
+    ):
+        assert [step for step, _ in events[tag]] == [1, 2, 3, 4], tag
+    for row in history:
+        assert events["si_sdri/valid"][row["epoch"] - 1][1] == pytest.approx(row["valid_si_sdri"], abs=1e-4)
+        assert events["label_switches"][row["epoch"] - 1][1] == row["label_switches"]
+    accumulator = EventAccumulator(str(whole_run / "tensorboard"))
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    assert "assignment_margin_db" in tags["histograms"]
+    assert "example/spectrograms" in tags["images"]
+    assert {"example/mixture", "example/reference_1", "example/estimate_2"} <= set(tags["audio"])
+    log = (whole_run / "train_log.txt").read_text()
+    assert log.count("label_switches") == 4
+    assert "layer_decoupling_block1" in log
+
+
+def test_a_run_leaves_results_report_examples_and_model(whole_run):
+    with open(whole_run / "test_results.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["id"] for row in rows] == [f"test_{i:03d}" for i in range(5)] + ["mean"]
+    for column in ("si_sdr", "si_sdri", "sdr", "sdri", "si_sdr_spk1", "sdri_spk2", "si_sdri_block1", "si_sdri_block2"):
+        mean = np.mean([float(row[column]) for row in rows[:-1]])
+        assert float(rows[-1][column]) == pytest.approx(mean, abs=1e-3)
+    assert (whole_run / "report.png").stat().st_size > 10_000
+    assert {path.name for path in (whole_run / "exported").iterdir()} == {
+        "hyperparams.yaml",
+        *(f"{name}.ckpt" for name in MODULES),
+    }
+    assert len(list((whole_run / "examples").glob("*.wav"))) == 5
+
+
+# 24 mixtures in batches of 2: 12 batches and 4 checkpoints within each epoch, and one at its end.
+@pytest.mark.parametrize(
+    ("moment", "number"), [("step", 2), ("step", 21), ("save", 2), ("save", 5), ("delete", 3), ("log", 2)]
+)
+def test_a_killed_run_goes_on_to_the_same_result(moment, number, whole_run, librimix, tmp_path):
+    command = arguments({**KILLED, "data_folder": librimix, "output_folder": tmp_path / "run"})
+    script = [sys.executable, str(REPOSITORY / "tests" / "killed_run.py")]
+    killed = subprocess.run([*script, moment, str(number), str(HPARAMS), *command], capture_output=True, cwd=tmp_path)
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    resumed = subprocess.run([*script, "never", "0", str(HPARAMS), *command], capture_output=True, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr.decode()[-2000:]
+    assert_same_run(whole_run, tmp_path / "run")
+    assert not list((tmp_path / "run" / "save").glob(".unfinished*"))
