@@ -163,7 +163,7 @@ class RandomState:
     @mark_as_saver
     def save(self, path):
         """Save the states of Python, NumPy and torch."""
-        numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+        numpy_name, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (what others draw from)
         state = {
             "python": random.getstate(),
             "numpy": (numpy_name, numpy_keys.tolist(), *numpy_rest),
@@ -178,7 +178,7 @@ class RandomState:
         del end_of_epoch
         state = torch.load(path, map_location="cpu", weights_only=True)
         random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
         torch.set_rng_state(state["torch"])
         if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])

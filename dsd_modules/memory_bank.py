@@ -103,6 +103,7 @@ class AssignmentMemoryBank:
         self.epoch = 0
         self.counts = EpochCounts()
         self._sample_ids = None
+        self._rank_counts = None  # of all ranks, at the last merge
         self._allocate(torch.empty(0, dtype=torch.int64))
 
     def _allocate(self, digests):
@@ -226,7 +227,7 @@ class AssignmentMemoryBank:
         for field in fields(Entries):
             column = getattr(self._entries, field.name)
             column[rows] = getattr(entries, field.name).to(column.dtype)
-        self._is_touched[rows] = True
+        self._is_touched[rows[decision.is_counted]] = True
 
         counts = self.counts
         num_counted = int(decision.is_counted.sum())
@@ -237,7 +238,7 @@ class AssignmentMemoryBank:
         counts.dropped_samples += int((decision.action == DROP).sum())
         counts.reordered_samples += int((decision.action == REORDER).sum())
         counts.readmitted_samples += int(decision.is_readmitted.sum())
-        counts.all_dropped_batches += int(not decision.keep.any())
+        counts.all_dropped_batches += int(len(rows) > 0 and not decision.keep.any())
         return decision
 
     def start_epoch(self, epoch):
@@ -287,6 +288,8 @@ class AssignmentMemoryBank:
     def save(self, path):
         """Save the entries; :meth:`synchronize` goes before."""
         state = {field.name: getattr(self._entries, field.name) for field in fields(Entries)}
+        if _world_size() > 1 and self._rank_counts is None:
+            raise RuntimeError("With several ranks, synchronize() must be called on all of them before save().")
         rank_counts = self._rank_counts if _world_size() > 1 else self._gather_counts()
         torch.save({"digests": self._digests, "epoch": self.epoch, "rank_counts": rank_counts, **state}, path)
 

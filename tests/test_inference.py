@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +180,14 @@ def test_exported_folder_holds_no_training(exported):
     text = (exported / "hyperparams.yaml").read_text()
     for word in ("optimizer", "memory_bank", "checkpointer", "!apply", "seed", "_folder"):
         assert word not in text
+
+
+def test_the_wiring_is_that_of_the_recipe():
+    recipe = Path(__file__).parents[1] / "recipes/LibriMix/separation/hparams/sepformer_dsd.yaml"
+    first, last = "\nencoder: !new:", "    decoder: !ref <decoder>\n"
+    texts = [recipe.read_text(encoding="utf-8"), dsd_modules.inference._HPARAMS]
+    wirings = [text[text.index(first) : text.index(last, text.index("\nmodules:"))] for text in texts]
+    assert wirings[0] == wirings[1]
 
 
 def test_two_models_are_independent(tmp_path):

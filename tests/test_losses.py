@@ -46,12 +46,12 @@ def slow_matrix(est, ref):
 
 
 def assert_close_within(bound_db, matrix, expected):
-    """Equal to 1e-3 dB inside the bound. Beyond it everyone saturates in a way of their own: ours at 100 dB."""
+    """Equal to 1e-3 dB inside the bound. Beyond it everyone saturates in a way of their own: ours at 80 dB."""
     is_inside = expected.abs() < bound_db
     assert is_inside.double().mean() > 0.5
     torch.testing.assert_close(matrix[is_inside], expected[is_inside], atol=TOLERANCE_DB, rtol=0)
     assert (matrix[~is_inside].abs() > bound_db - 1).all()
-    assert (matrix.abs() <= 100).all()
+    assert (matrix.abs() <= 80).all()
 
 
 # Each oracle returns its per-item loss in dB and the index of the estimate assigned to each reference.
@@ -323,7 +323,7 @@ def test_silent_estimate_is_the_worst_and_does_not_poison(level, dtype):
     est[1, 2] = level
     matrix, grad = gradient(est, ref)
     assert matrix.isfinite().all()
-    assert (matrix[1, :, 2] > 90).all()
+    assert (matrix[1, :, 2] == 80).all()
     assert grad.isfinite().all()
     assert torch.equal(grad[0], usual[0])
     assert grad[1, 2].norm() <= 10 * usual[1, 2].norm()
@@ -345,7 +345,7 @@ def test_perfect_estimate_is_finite_and_its_gradient_small(dtype):
         est = est.clone().requires_grad_()
         result = PITLoss()(est, ref)
         result.loss.sum().backward()
-        assert (result.loss < -90).all()
+        assert (result.loss == -80).all()
         assert result.loss.isfinite().all()
         assert est.grad.isfinite().all()
         assert est.grad.norm() < 1
@@ -356,7 +356,7 @@ def test_orthogonal_estimate_is_finite():
     matrix, grad = gradient(ref, ref)
     assert matrix.isfinite().all()
     assert grad.isfinite().all()
-    assert matrix[0, 0, 1] > 90
+    assert matrix[0, 0, 1] == 80
 
 
 def test_nan_estimate_does_not_crash_and_stays_in_its_item():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HPARAMS, REPOSITORY, TINY, TINY_MODEL, arguments
+from conftest import HPARAMS, REPOSITORY, TINY, arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsd_modules.report import read_history

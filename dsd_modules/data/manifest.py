@@ -5,6 +5,7 @@ sorted by id, so that a mixture's row is the same on every machine.
 """
 
 import csv
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,18 +60,14 @@ def write_manifest(path, mixtures, sample_rate, progressbar=True):
     if not mixtures:
         raise ValueError(f"There are no mixtures for {Path(path).name}.")
     mixtures = sorted(mixtures, key=lambda mixture: mixture[0])
-    for (one, *_), (other, *_) in zip(mixtures, mixtures[1:], strict=False):
+    for (one, *_), (other, *_) in itertools.pairwise(mixtures):
         if one == other:
-            raise ValueError(
-                f"Mixture ids must be unique, but {one!r} stands twice in the data of {Path(path).name}."
-            )
+            raise ValueError(f"Mixture ids must be unique, but {one!r} stands twice in the data of {Path(path).name}.")
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = pool.map(lambda mixture: _inspect(mixture, sample_rate), mixtures)
         # Short checks need no bar.
         found = list(
-            tqdm(
-                found, f"checking {Path(path).stem}", len(mixtures), disable=not progressbar, delay=2, leave=False
-            )
+            tqdm(found, f"checking {Path(path).stem}", len(mixtures), disable=not progressbar, delay=2, leave=False)
         )
     faults = [fault for fault in found if isinstance(fault, str)]
     if faults:
@@ -110,9 +107,7 @@ def read_mixtures(path, num_spks):
         with open(path, newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"The manifest {path} cannot be read: {getattr(error, 'strerror', None) or error}."
-        ) from None
+        raise ValueError(f"The manifest {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if not rows:
         raise ValueError(f"The manifest {path} has no rows.")
     columns = {}
