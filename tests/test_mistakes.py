@@ -1,0 +1,139 @@
+"""A user's mistakes end at once, in one sentence, before any data is generated or model built."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import HPARAMS, TINY, arguments
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.lobes.models.dual_path import SepformerWrapper
+
+from dsd_modules.options import EXPECTED, read_options
+
+
+def fails(recipe, message, **overrides):
+    """The run ends with one sentence that holds the message."""
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([str(HPARAMS), *arguments(overrides)])
+    assert isinstance(stop.value.code, str), stop.value.code
+    assert stop.value.code.startswith("error: ")
+    assert "\n" not in stop.value.code
+    assert message in stop.value.code, stop.value.code
+
+
+@pytest.fixture
+def nothing_built(recipe, monkeypatch):
+    """Generating data or building a model is a failure."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("went on after the mistake")
+
+    for name in ("generate_synthetic", "load_hyperpyyaml", "write_manifest"):
+        monkeypatch.setattr(recipe, name, refuse)
+
+
+@pytest.mark.usefixtures("nothing_built")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dsd_mode", "dorp", "--dsd_mode can only be one of none, drop, reorder, but got 'dorp'"),
+        ("dsd_mod", "drop", "no option --dsd_mod; did you mean --dsd_mode?"),
+        ("num_spks", 4, "--num_spks can only be one of 2, 3, but got 4"),
+        ("sample_rate", 44100, "one of 8000, 16000, but got 44100"),
+        ("dsd_margin_db", -1, "a number of at least 0, but got -1"),
+        ("dsd_max_drop_rate", 1.5, "a number from 0 to 1, but got 1.5"),
+        ("dsd_max_drop_rate", 0, "--dsd_mode drop contradicts --dsd_max_drop_rate 0"),
+        ("layerwise", "maybe", "one of True, False, but got 'maybe'"),
+        ("layer_permutation", "own", "one of shared, independent"),
+        ("batch_size", 0, "a whole number of at least 1, but got 0"),
+        ("batch_size", 2.5, "but got 2.5"),
+        ("grad_accumulation_factor", 0, "at least 1, but got 0"),
+        ("segment_seconds", 0, "null or a number above 0"),
+        ("segment", "sliding", "one of random, fixed"),
+        ("lr", "nan", "a number above 0"),
+        ("train_sets", "train-100", "a list of train-100, train-360 or both"),
+        ("synthetic_sizes", "[10, 0, 1]", "three whole numbers of at least 1"),
+        ("kernel_size", 15, "--kernel_size must be even, but got 15"),
+        ("num_heads", 7, "--num_heads must divide num_filters, but got 7 for 256 filters"),
+        ("data_folder", "/no/such/folder", "--data_folder /no/such/folder does not exist"),
+        ("train_manifest", "train.csv", "--train_manifest needs the other two"),
+    ],
+)
+def test_an_option_out_of_range(recipe, name, value, message):
+    fails(recipe, message, **{name: value})
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_a_data_folder_of_another_kind(recipe, librimix, librimix3, tmp_path):
+    fails(recipe, f"{librimix / 'wav8k/min/train-360/s3'} (num_spks is 3)", data_folder=librimix, num_spks=3)
+    fails(recipe, "num_spks is 2, but", data_folder=librimix3)
+    fails(recipe, f"give --data_folder {librimix}", data_folder=librimix.parent)
+    fails(recipe, "wav16k", data_folder=librimix, sample_rate=16000)
+    fails(recipe, "mix_both", data_folder=librimix, task="mix_both")
+    fails(recipe, "train-100", data_folder=librimix, train_sets="[train-100, train-360]")
+    (tmp_path / "empty").mkdir()
+    fails(recipe, "it is empty", data_folder=tmp_path / "empty")
+    broken = shutil.copytree(librimix, tmp_path / "Libri2Mix")
+    (broken / "wav8k/min/dev/s2/dev_003.wav").unlink()
+    fails(recipe, "s2/dev_003.wav does not exist; 1 of 5 mixtures lack this source", data_folder=broken)
+
+
+@pytest.mark.parametrize(
+    ("signal", "sample_rate", "message"),
+    [
+        (np.zeros(100), 8000, "has 100 samples, but its mixture"),
+        (np.zeros(6000), 44100, "has a sample rate of 44100 Hz, but sample_rate is 8000"),
+        (np.zeros((6000, 2)), 8000, "has 2 channels"),
+        (np.zeros(0), 8000, "holds no samples"),
+        (None, 0, "is not a readable audio file"),
+    ],
+)
+def test_a_file_that_is_not_right(recipe, librimix, tmp_path, monkeypatch, signal, sample_rate, message):
+    monkeypatch.setattr(recipe, "load_hyperpyyaml", lambda *args: pytest.fail("went on after the mistake"))
+    broken = shutil.copytree(librimix, tmp_path / "Libri2Mix")
+    path = broken / "wav8k/min/train-360/s2/train-360_004.wav"
+    if signal is None:
+        path.write_bytes(b"RIFFnonsense")
+    else:
+        soundfile.write(path, signal, sample_rate)
+    fails(recipe, message, data_folder=broken, output_folder=tmp_path / "run")
+    fails(recipe, "train-360_004.wav", data_folder=broken, output_folder=tmp_path / "run")
+    fails(recipe, "1 of 24 mixtures have such a fault", data_folder=broken, output_folder=tmp_path / "run")
+    assert not list((tmp_path / "run" / "manifests").iterdir())
+
+
+def test_a_resume_on_other_data_or_with_another_model(recipe, run_recipe, librimix, tmp_path):
+    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", number_of_epochs=1)
+    other = {**TINY, "output_folder": tmp_path / "run", "number_of_epochs": 2}
+    fails(recipe, "--d_ffn is 8, but the run in", **{**other, "data_folder": librimix, "d_ffn": 8})
+    renamed = shutil.copytree(librimix, tmp_path / "Libri2Mix")
+    for path in renamed.glob("wav8k/min/train-360/*/train-360_007.wav"):
+        path.rename(path.with_name("train-360_0070.wav"))
+    message = "1 of 24 stored sample ids differ from the 24 current ones, the first in row 7 ('train-360_0070')"
+    fails(recipe, message, **{**other, "data_folder": renamed})
+
+
+def test_every_option_of_the_yaml_is_checked_and_explained():
+    """Each plain top-level key has a check and a comment with its values; no check is for a key that is not there."""
+    options = read_options(HPARAMS)
+    text = Path(HPARAMS).read_text()
+    derived = {"save_folder", "train_csv", "valid_csv", "test_csv", "kernel_stride", "train_log"}
+    plain = {name for name, value in options.items() if isinstance(value, str | int | float | list)}
+    nulls = {line.split(":")[0] for line in text.splitlines() if ": null #" in line}
+    assert plain | nulls == set(EXPECTED) | derived
+    for name in EXPECTED:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name}:")]
+        comment = line.partition(" #")[2] or text[: text.index(line)].splitlines()[-1]
+        assert len(comment) > 3, name
+
+
+def test_defaults_are_the_published_model(monkeypatch):
+    """SepFormer as SpeechBrain publishes it for LibriMix: the same weights, 25.7 million of them."""
+    # Its constructor spends most of its time on drawing weights anew, which does not matter here.
+    monkeypatch.setattr(SepformerWrapper, "reset_layer_recursively", lambda self, layer: None)
+    with open(HPARAMS, encoding="utf-8") as stream:
+        modules = load_hyperpyyaml(stream)["modules"]
+    shapes = {f"{name}.{key}": w.shape for name, module in modules.items() for key, w in module.state_dict().items()}
+    assert shapes == {key: w.shape for key, w in SepformerWrapper().state_dict().items()}
