@@ -85,7 +85,7 @@ def read_sentences():
 
 
 def draw_voices(split, num_voices, seed):
-    """Draws the speakers of a split. Every third one has a woman's variant.
+    """Draws the speakers of a split. Every other one has a woman's variant.
 
     Arguments
     ---------
@@ -109,12 +109,12 @@ def draw_voices(split, num_voices, seed):
     women, men = (rng.permutation(share_of(split, variants)) for variants in (WOMEN, MEN))
     voices = []
     for k in range(num_voices):
-        rank, is_man = divmod(k, 3)
-        variant = men[(2 * rank + is_man - 1) % len(men)] if is_man else women[rank % len(women)]
+        rank, is_man = divmod(k, 2)
+        variants = men if is_man else women
         voices.append(
             Voice(
                 language=str(rng.choice(LANGUAGES)),
-                variant=str(variant),
+                variant=str(variants[rank % len(variants)]),
                 rate=int(rng.integers(125, 166)),
                 pitch=int(rng.integers(15, 86)),
                 pitch_range=int(rng.integers(30, 81)),
