@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import re
+from decimal import Decimal
 from pathlib import Path
 
 import yaml
@@ -107,6 +109,30 @@ EXPECTED = {
 }
 
 
+def spell_out_floats(overrides):
+    """Write floats such as 1e-4 in digits, since HyperPyYAML would take them for strings.
+
+    Arguments
+    ---------
+    overrides : str
+        As SpeechBrain's ``parse_arguments`` returns them.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> spell_out_floats("lr: 1e-4")
+    'lr: 0.0001'
+    """
+    return re.sub(
+        r"(?m)^(\w+:[ ]*)([-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+)[ ]*$",
+        lambda match: match[1] + format(Decimal(match[2]), "f"),
+        overrides,
+    )
+
+
 def read_options(hparams_file, overrides="", run_opts=None):
     """The options of a run as plain values, without building anything.
 
@@ -115,7 +141,7 @@ def read_options(hparams_file, overrides="", run_opts=None):
     hparams_file : str
         The YAML.
     overrides : str
-        As SpeechBrain's ``parse_arguments`` returns them.
+        As SpeechBrain's ``parse_arguments`` returns them, after :func:`spell_out_floats`.
     run_opts : dict, optional
         SpeechBrain's own options that were given on the command line; those that stand in the YAML too replace them.
 

@@ -168,3 +168,94 @@ def test_a_killed_run_goes_on_to_the_same_result(moment, number, whole_run, libr
     assert resumed.returncode == 0, resumed.stderr.decode()[-2000:]
     assert_same_run(whole_run, tmp_path / "run")
     assert not list((tmp_path / "run" / "save").glob(".unfinished*"))
+
+
+def read_mean(output_folder):
+    with open(Path(output_folder, "test_results.csv"), newline="") as stream:
+        return list(csv.DictReader(stream))[-1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"dsd_mode": "reorder", "layer_permutation": "independent", "layer_weights": "ramp"},
+        {"dsd_mode": "none", "layerwise": False, "probe_size": 0, "examples_interval": 0},
+        {"num_blocks": 1, "segment": "fixed", "segment_seconds": 0.3, "dsd_metric": "si_sdri", "dsd_margin_db": 1},
+        {"precision": "bf16", "dsd_max_drop_rate": 0.1, "dsd_start_epoch": 1, "batch_size": 7},
+    ],
+)
+def test_every_option_trains(run_recipe, librimix, tmp_path, overrides):
+    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", **overrides)
+    history = read_history(tmp_path / "run" / "history.csv")
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert np.isfinite(float(read_mean(tmp_path / "run")["si_sdri"]))
+
+
+def test_three_speakers(run_recipe, librimix3, tmp_path):
+    run_recipe(data_folder=librimix3, output_folder=tmp_path / "run", num_spks=3)
+    history = read_history(tmp_path / "run" / "history.csv")
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert "sdri_spk3" in read_mean(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "examples").glob("*_spk?.wav"))) == 3
+
+
+def test_plain_pit_counts_its_switches_but_excludes_nothing(run_recipe, librimix, tmp_path):
+    quick = {"dsd_mode": "none", "layerwise": False, "segment_seconds": 0.1, "number_of_epochs": 3}
+    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", **quick)
+    history = read_history(tmp_path / "run" / "history.csv")
+    assert sum(row["label_switches"] for row in history) > 0
+    assert sum(row["dropped_samples"] + row["reordered_samples"] for row in history) == 0
+    assert len((tmp_path / "run" / "exclusions.csv").read_text().splitlines()) == 1
+
+
+def test_fine_tuning_starts_from_an_exported_model(whole_run, run_recipe, librimix, tmp_path):
+    """A learning rate of almost zero keeps what the exported model can do."""
+    run_recipe(
+        data_folder=librimix,
+        output_folder=tmp_path / "run",
+        pretrained_folder=whole_run / "exported",
+        number_of_epochs=1,
+        lr=1e-12,
+    )
+    assert float(read_mean(tmp_path / "run")["si_sdr"]) == pytest.approx(
+        float(read_mean(whole_run)["si_sdr"]), abs=0.01
+    )
+
+
+def test_training_on_a_users_own_manifests(run_recipe, librimix, tmp_path):
+    """Ids and relative paths in a csv of the user's own, with other columns and in any order."""
+    subsets = {"train": "train-360", "valid": "dev", "test": "test"}
+    for name, subset in subsets.items():
+        with open(librimix / f"{name}.csv", "w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["note", "s2_path", "s1_path", "mix_path", "id"])
+            for path in sorted((librimix / "wav8k/min" / subset / "mix_clean").iterdir(), reverse=True):
+                paths = [path.parent.parent.relative_to(librimix) / signal / path.name for signal in ("s2", "s1")]
+                writer.writerow(["x", *paths, path.relative_to(librimix), f"mine, {path.stem}"])
+    manifests = {f"{name}_manifest": librimix / f"{name}.csv" for name in subsets}
+    run_recipe(output_folder=tmp_path / "run", number_of_epochs=1, **manifests)
+    with open(tmp_path / "run" / "test_results.csv", newline="") as stream:
+        assert [row["id"] for row in csv.DictReader(stream)][:2] == ["mine, test_000", "mine, test_001"]
+
+
+def test_the_embedded_data_are_made_once_and_reused(recipe, run_recipe, tmp_path, monkeypatch, capfd):
+    """No --data_folder: synthetic voices, mixed into a LibriMix folder, take the same path as a user's."""
+    quick = {"synthetic_folder": tmp_path / "data", "synthetic_sizes": "[6, 2, 2]", "segment_seconds": 0.5}
+    run_recipe(output_folder=tmp_path / "one", number_of_epochs=1, **quick)
+    (dataset,) = (tmp_path / "data").glob("synthetic-*/Libri2Mix")
+    assert len(list((dataset / "wav8k/min/train-360/mix_clean").glob("*.wav"))) == 6
+    made = dataset.stat().st_mtime_ns
+    capfd.readouterr()
+    run_recipe(output_folder=tmp_path / "two", number_of_epochs=1, **quick)
+    assert dataset.stat().st_mtime_ns == made
+    assert "Synthesising" not in capfd.readouterr().err
+    assert weights(tmp_path / "one").keys() == weights(tmp_path / "two").keys()
+    for key, weight in weights(tmp_path / "one").items():
+        assert torch.equal(weight, weights(tmp_path / "two")[key])  # the seed decides everything
+
+
+def test_train_py_is_short_and_leaves_fit_batch_alone(recipe):
+    assert len((REPOSITORY / "recipes/LibriMix/separation/train.py").read_text().splitlines()) < 200
+    import speechbrain as sb
+
+    assert recipe.Separation.fit_batch is sb.Brain.fit_batch
