@@ -109,13 +109,16 @@ EXPECTED = {
 }
 
 
-def spell_out_floats(overrides):
-    """Write floats such as 1e-4 in digits, since HyperPyYAML would take them for strings.
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def tidy_overrides(overrides):
+    """Let the last of a repeated option count, and write floats such as 1e-4 in digits: HyperPyYAML takes neither.
 
     Arguments
     ---------
     overrides : str
-        As SpeechBrain's ``parse_arguments`` returns them.
+        As SpeechBrain's ``parse_arguments`` returns them, a line each.
 
     Returns
     -------
@@ -123,14 +126,13 @@ def spell_out_floats(overrides):
 
     Example
     -------
-    >>> spell_out_floats("lr: 1e-4")
+    >>> tidy_overrides("lr: 0.01\\nlr: 1e-4")
     'lr: 0.0001'
     """
-    return re.sub(
-        r"(?m)^(\w+:[ ]*)([-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+)[ ]*$",
-        lambda match: match[1] + format(Decimal(match[2]), "f"),
-        overrides,
-    )
+    values = dict(line.split(": ", 1) for line in overrides.splitlines() if ": " in line)
+    values = {name: format(Decimal(v), "f") if _FLOAT.fullmatch(v.strip()) else v for name, v in values.items()}
+    flags = [line for line in overrides.splitlines() if ": " not in line]
+    return "\n".join([*flags, *(f"{name}: {value}" for name, value in values.items())])
 
 
 def read_options(hparams_file, overrides="", run_opts=None):
@@ -141,7 +143,7 @@ def read_options(hparams_file, overrides="", run_opts=None):
     hparams_file : str
         The YAML.
     overrides : str
-        As SpeechBrain's ``parse_arguments`` returns them, after :func:`spell_out_floats`.
+        As SpeechBrain's ``parse_arguments`` returns them, after :func:`tidy_overrides`.
     run_opts : dict, optional
         SpeechBrain's own options that were given on the command line; those that stand in the YAML too replace them.
 

@@ -66,6 +66,12 @@ def test_an_option_out_of_range(recipe, name, value, message):
 
 
 @pytest.mark.usefixtures("nothing_built")
+def test_the_last_of_a_repeated_option_counts(recipe):
+    with pytest.raises(SystemExit, match="--lr can only be a number above 0, but got -0.001"):
+        recipe.main([str(HPARAMS), "--lr", "1e-3", "--num_spks", "3", "--lr", "-1e-3"])
+
+
+@pytest.mark.usefixtures("nothing_built")
 def test_a_data_folder_of_another_kind(recipe, librimix, librimix3, tmp_path):
     fails(recipe, f"{librimix / 'wav8k/min/train-360/s3'} (num_spks is 3)", data_folder=librimix, num_spks=3)
     fails(recipe, "num_spks is 2, but", data_folder=librimix3)

@@ -22,7 +22,7 @@ from dsd_modules.data.manifest import read_mixtures, write_manifest
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.inference import export_model, load_weights
 from dsd_modules.losses import layerwise_loss
-from dsd_modules.options import check_options, check_resume, read_options, spell_out_floats
+from dsd_modules.options import check_options, check_resume, read_options, tidy_overrides
 from dsd_modules.results import finish_run
 from dsd_modules.sample_dropout import REORDER
 
@@ -122,7 +122,7 @@ def make_datasets(hparams):
 def main(argv):
     """The run: check, prepare, train, evaluate, export, report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    overrides = spell_out_floats(overrides)
+    overrides = tidy_overrides(overrides)
     try:
         options = read_options(hparams_file, overrides, {name: run_opts[name] for name in run_opts.overridden_args})
         check_options(options)
