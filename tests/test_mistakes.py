@@ -67,7 +67,7 @@ def test_an_option_out_of_range(recipe, name, value, message):
 
 @pytest.mark.usefixtures("nothing_built")
 def test_the_last_of_a_repeated_option_counts(recipe):
-    with pytest.raises(SystemExit, match="--lr can only be a number above 0, but got -0.001"):
+    with pytest.raises(SystemExit, match=r"--lr can only be a number above 0, but got -0\.001"):
         recipe.main([str(HPARAMS), "--lr", "1e-3", "--num_spks", "3", "--lr", "-1e-3"])
 
 
