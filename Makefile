@@ -23,7 +23,7 @@ DEMO_OVERRIDES := \
 setup: .venv/ready
 
 # The stamp is written last: an interrupted or outdated installation is made anew.
-.venv/ready: requirements.txt requirements-dev.txt requirements-peers.txt pyproject.toml
+.venv/ready: requirements.txt requirements-dev.txt requirements-peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or later is needed, but $(PYTHON) is older; give one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
@@ -36,7 +36,7 @@ demo: setup
 	cd $(RECIPE) && $(CURDIR)/$(BIN)/python train.py hparams/sepformer_dsd.yaml $(DEMO_OVERRIDES)
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,25 +1,44 @@
 """The Brain of a separation recipe: forward, stages and records. The recipe adds ``compute_objectives``."""
 
+import math
 import time
+from dataclasses import dataclass
+from functools import partial
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from tqdm import tqdm
 
 from dsd_modules.dataset import EpochSampler
+from dsd_modules.errors import RunError
 from dsd_modules.evaluation import score_batch, write_results
 from dsd_modules.losses import is_silent, pairwise_neg_si_sdr
-from dsd_modules.permutation import assignment_margin
+from dsd_modules.permutation import assignment_margin, reorder_estimates
 from dsd_modules.report import draw_separation
 from dsd_modules.separator import separate
+
+# How many validation mixtures TensorBoard shows.
+NUM_EXAMPLES = 3
+
+
+@dataclass
+class Measures:
+    """What is known of a batch of B items after PIT, for L blocks; on the CPU."""
+
+    si_sdr: torch.Tensor  # [L, B], dB, mean over speakers, each block under its own best assignment
+    si_sdri: torch.Tensor  # [L, B], dB, improvement over the mixture
+    perm: torch.Tensor  # [L, B, N], each block's best assignment
+    margin: torch.Tensor  # [B], dB, between best and second-best assignment of the final block
+    is_silent: torch.Tensor  # [B], whether any source is
 
 
 class SeparationBrain(sb.Brain):
     """Everything of separation training that is not the objective.
 
-    ``compute_objectives(predictions, batch, stage)`` is left to the recipe, which calls :meth:`visit_memory_bank`
-    and :meth:`track`. Predictions are the estimates of blocks, ``[L, B, N, T]``, the final block last.
+    ``compute_objectives(predictions, batch, stage)`` is left to the recipe, which calls :meth:`measure`,
+    :meth:`visit_memory_bank` and :meth:`track`. Predictions are the estimates of blocks, ``[L, B, N, T]``, the final
+    block last.
 
     The hparams hold ``modules`` (encoder, masknet, decoder), ``pit_loss``, ``memory_bank``, ``probe_bank``,
     ``lr_scheduler``, ``epoch_counter``, ``epoch_tracker``, ``history``, ``exclusion_audit``, the loggers, and the
@@ -36,10 +55,10 @@ class SeparationBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self.train_sampler = EpochSampler(len(dataset), self.hparams.seed)
             loader_kwargs["sampler"] = self.train_sampler
-        loader = super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+        # A generator of its own: the loader's draws would move the global one, which a resume restores.
+        loader = super().make_dataloader(dataset, stage, ckpt_prefix, generator=torch.Generator(), **loader_kwargs)
         if stage == sb.Stage.TRAIN:
-            steps_per_epoch = len(loader) // self.grad_accumulation_factor
-            self.num_steps = max(1, steps_per_epoch * self.hparams.epoch_counter.limit)
+            self.num_steps = len(loader) // self.grad_accumulation_factor * self.hparams.epoch_counter.limit
         return loader
 
     def on_fit_start(self):
@@ -59,17 +78,14 @@ class SeparationBrain(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """Estimates of the final block ``[1, B, N, T]``, or of all blocks where they are supervised or scored."""
+        wants_all = stage != sb.Stage.TRAIN or self.hparams.layerwise
+        return self._separate(batch, blocks="all" if wants_all else [-1])  # (L, B, N, T)
+
+    def _separate(self, batch, blocks):
         batch = batch.to(self.device)
         modules = self.modules  # not hparams: these are wrapped by DDP and compile
-        wants_all = stage != sb.Stage.TRAIN or self.hparams.layerwise
-        return separate(
-            modules.encoder,
-            modules.masknet,
-            modules.decoder,
-            batch.mix_sig.data,
-            batch.num_samples,
-            blocks="all" if wants_all else [-1],
-        )  # (L, B, N, T)
+        mixture, lengths = batch.mix_sig.data, batch.num_samples
+        return separate(modules.encoder, modules.masknet, modules.decoder, mixture, lengths, blocks)
 
     @staticmethod
     def references(batch):
@@ -78,38 +94,8 @@ class SeparationBrain(sb.Brain):
         lengths = batch.num_samples
         return sources, None if bool((lengths == sources.shape[-1]).all()) else lengths.to(sources.device)
 
-    def visit_memory_bank(self, batch, pit):
-        """The memory bank's decision about a training batch; exclusions go to the audit.
-
-        Arguments
-        ---------
-        batch : PaddedBatch
-            The batch.
-        pit : PITResult
-            Of all blocks; the final one decides.
-
-        Returns
-        -------
-        Decision
-            On the CPU.
-        """
-        bank, perm = self.hparams.memory_bank, pit.perm[-1]
-        metric = -pit.loss[-1].detach()
-        if self.hparams.dsd_metric == "si_sdri":
-            metric = metric - self._mixture_si_sdr(batch)
-        valid = ~is_silent(*self.references(batch)).any(-1)
-        stored = bank.lookup(batch.row)
-        decision = bank.update(batch.row, perm, metric, valid)
-        self.hparams.exclusion_audit.add(bank.epoch, batch.id, stored, decision, perm, metric)
-        return decision
-
-    def _mixture_si_sdr(self, batch):
-        """SI-SDR of the mixture itself, mean over speakers, dB, ``[B]``."""
-        references, lengths = self.references(batch)
-        return -pairwise_neg_si_sdr(batch.mix_sig.data.unsqueeze(1), references, lengths).mean((1, 2))
-
-    def track(self, batch, pit, keep=None):
-        """Add a batch's numbers to the running means; crops with a silent source do not count.
+    def measure(self, batch, pit):
+        """What the memory bank and the records need of a batch, on the CPU.
 
         Arguments
         ---------
@@ -117,65 +103,135 @@ class SeparationBrain(sb.Brain):
             The batch.
         pit : PITResult
             Of all blocks, each under its own best assignment.
-        keep : torch.Tensor, optional
-            In training: which samples have a weight.
+
+        Returns
+        -------
+        Measures
         """
-        tracker, training = self.hparams.epoch_tracker, keep is not None
-        stage = "train" if training else "valid"
-        silent = is_silent(*self.references(batch)).any(-1)
-        si_sdr = torch.where(silent, torch.nan, -pit.loss.detach())  # (L, B)
-        si_sdri = si_sdr - self._mixture_si_sdr(batch)
-        tracker.add(f"{stage}/si_sdr", si_sdr[-1])
-        tracker.add(f"{stage}/si_sdri", si_sdri[-1])
-        first_block = self.hparams.num_blocks - len(si_sdr) + 1
-        for block, (block_si_sdr, block_si_sdri) in enumerate(zip(si_sdr, si_sdri, strict=True), first_block):
-            tracker.add(f"{stage}/si_sdr_block{block}", block_si_sdr)
-            tracker.add(f"{stage}/si_sdri_block{block}", block_si_sdri)
-        for block, perm in enumerate(pit.perm[:-1], first_block):
-            is_decoupled = (perm != pit.perm[-1]).any(-1).double()
-            tracker.add(f"{stage}/layer_decoupling_block{block}", torch.where(silent, torch.nan, is_decoupled))
-        if training:
-            margin = torch.where(silent, torch.nan, assignment_margin(pit.loss_matrix[-1].detach()))
-            tracker.add("train/margin", margin, keep_values=True)
+        references, lengths = self.references(batch)
+        mixture_si_sdr = -pairwise_neg_si_sdr(batch.mix_sig.data.unsqueeze(1), references, lengths).mean((1, 2))
+        si_sdr = -pit.loss.detach()  # (L, B)
+        return Measures(
+            si_sdr=si_sdr.cpu(),
+            si_sdri=(si_sdr - mixture_si_sdr).cpu(),
+            perm=pit.perm.cpu(),
+            margin=assignment_margin(pit.loss_matrix[-1].detach()).cpu(),
+            is_silent=is_silent(references, lengths).any(-1).cpu(),
+        )
+
+    def visit_memory_bank(self, batch, measures):
+        """The memory bank's decision about a training batch; exclusions go to the audit.
+
+        Arguments
+        ---------
+        batch : PaddedBatch
+            The batch.
+        measures : Measures
+            Of the batch; the final block decides.
+
+        Returns
+        -------
+        Decision
+            On the CPU.
+        """
+        bank, perm = self.hparams.memory_bank, measures.perm[-1]
+        metric = getattr(measures, self.hparams.dsd_metric)[-1]
+        decision = bank.update(batch.row, perm, metric, ~measures.is_silent)
+        self.hparams.exclusion_audit.add(bank.epoch, batch.id, decision, perm, metric)
+        return decision
+
+    def track(self, stage, measures, layerwise, keep=None):
+        """Add a batch's numbers to the running means; crops with a silent source do not count.
+
+        Arguments
+        ---------
+        stage : sb.Stage
+            TRAIN or VALID.
+        measures : Measures
+            Of the batch.
+        layerwise : LayerwiseResult
+            The losses of the supervised blocks.
+        keep : torch.Tensor, optional
+            Boolean ``[B]``: the samples that are not dropped. The losses are averaged over these alone, so that
+            runs which drop and runs which do not can be compared.
+        """
+        add = partial(self._add, stage.name.lower(), ~measures.is_silent)
+        losses, keep = layerwise.loss.detach().cpu(), slice(None) if keep is None else keep
+        self._add(stage.name.lower(), keep, "loss", losses)
+        add("si_sdr", measures.si_sdr[-1])
+        add("si_sdri", measures.si_sdri[-1])
+        last = self.hparams.num_blocks
+        for block, losses in enumerate(layerwise.block_losses.detach().cpu(), last - len(layerwise.block_losses) + 1):
+            self._add(stage.name.lower(), keep, f"loss_block{block}", losses)
+        for index, block in enumerate(range(last - len(measures.si_sdr) + 1, last + 1)):
+            add(f"si_sdr_block{block}", measures.si_sdr[index])
+            add(f"si_sdri_block{block}", measures.si_sdri[index])
+            if block < last:
+                is_decoupled = (measures.perm[index] != measures.perm[-1]).any(-1).double()
+                add(f"layer_decoupling_block{block}", is_decoupled)
+        if stage == sb.Stage.TRAIN:
+            add("margin", measures.margin, keep_values=True)
+
+    def _add(self, stage, rows, name, values, **kwargs):
+        self.hparams.epoch_tracker.add(f"{stage}/{name}", values[rows], **kwargs)
 
     def on_fit_batch_start(self, batch, should_step):
         """Set the learning rate of the coming step."""
         if should_step:
             self.hparams.lr_scheduler.on_step(self.optimizer, self.optimizer_step / self.num_steps)
 
+    def check_loss_isfinite(self, loss):
+        """SpeechBrain's check, with a sentence for the user."""
+        try:
+            super().check_loss_isfinite(loss)
+        except ValueError:
+            raise RunError(
+                f"The loss of {self.nonfinite_count} batches of this epoch was not finite: the training diverged. "
+                f"Lower --lr (now {self.hparams.lr})."
+            ) from None
+
     def on_stage_start(self, stage, epoch=None):
         """Open the epoch's records, unless a resume has brought them along."""
-        self.stage_start = time.time()
         if stage == sb.Stage.TRAIN:
+            # After a resume inside the epoch its whole duration is not known.
+            is_resumed = self.hparams.epoch_tracker.epoch == epoch
+            self.stage_start = float("nan") if is_resumed else time.time()
             self.hparams.memory_bank.start_epoch(epoch)
             self.hparams.epoch_tracker.start_epoch(epoch)
-        self.example = None
-        self.test_ids, self.test_rows = [], []
+        interval = self.hparams.examples_interval
+        self.wants_examples = stage == sb.Stage.VALID and interval > 0 and epoch % interval == 0
+        self.examples, self.test_ids, self.test_rows = [], [], []
 
     def evaluate_batch(self, batch, stage):
-        """Validation: also keep one example. Test: also score each mixture."""
+        """Validation: the objective, and examples for TensorBoard. Test: the scores of each mixture."""
         with self.evaluation_ctx:
             estimates = self.compute_forward(batch, stage)
-            loss = self.compute_objectives(estimates, batch, stage)
+            if stage == sb.Stage.VALID:
+                loss = self.compute_objectives(estimates, batch, stage)
         references, lengths = self.references(batch)
         if stage == sb.Stage.TEST:
+            # DDP's forward is collective, so every rank has run it; the scores are needed once.
+            rows = score_batch(estimates.float(), references, batch.mix_sig.data, lengths) if if_main_process() else []
             self.test_ids += batch.id
-            self.test_rows += score_batch(estimates.float(), references, batch.mix_sig.data, lengths)
-        elif self.example is None:
-            self.example = self._make_example(batch, estimates)
+            self.test_rows += rows
+            return -torch.tensor([row["si_sdr"] for row in rows]).nanmean()
+        if self.wants_examples:
+            for b in range(min(len(batch), NUM_EXAMPLES - len(self.examples))):
+                self.examples.append(self._make_example(batch, estimates, b))
         return loss.detach().cpu()
 
-    def _make_example(self, batch, estimates):
-        """Mixture, references and estimates of the batch's first item, in the order of the references."""
-        references, lengths = self.references(batch)
-        perm = self.hparams.pit_loss(estimates[-1], references, lengths).perm[0]
-        num_samples = int(batch.num_samples[0])
+    def _make_example(self, batch, estimates, b):
+        """Mixture, references and estimates of one item, the estimates in the order of the references."""
+        num_samples = int(batch.num_samples[b])
+        reference = self.references(batch)[0][b, :, :num_samples]
+        estimate = estimates[-1, b, :, :num_samples]
+        perm = self.hparams.pit_loss(estimate.unsqueeze(0), reference.unsqueeze(0)).perm
         return {
-            "id": batch.id[0],
+            "id": batch.id[b],
             "sample_rate": self.hparams.sample_rate,
-            "mixture": batch.mix_sig.data[0, :num_samples].float().cpu().numpy(),
-            "references": references[0, :, :num_samples].float().cpu().numpy(),
-            "estimates": estimates[-1, 0, perm, :num_samples].float().cpu().numpy(),
+            "mixture": batch.mix_sig.data[b, :num_samples].float().cpu().numpy(),
+            "references": reference.float().cpu().numpy(),
+            "estimates": reorder_estimates(estimate, perm[0]).float().cpu().numpy(),
         }
 
     def count_probe_switches(self, epoch):
@@ -198,35 +254,36 @@ class SeparationBrain(sb.Brain):
         self.modules.eval()
         with torch.no_grad(), self.evaluation_ctx:
             for batch in tqdm(self.probe_loader, "probe set", disable=not if_main_process(), delay=3, leave=False):
-                estimates = self.compute_forward(batch, sb.Stage.VALID)
+                estimates = self._separate(batch, blocks=None)
                 references, lengths = self.references(batch)
-                pit = self.hparams.pit_loss(estimates[-1], references, lengths)
-                valid = ~is_silent(references, lengths).any(-1)
-                bank.update(batch.row, pit.perm, -pit.loss, valid)
+                pit = self.hparams.pit_loss(estimates, references, lengths)
+                bank.update(batch.row, pit.perm, -pit.loss, ~is_silent(references, lengths).any(-1))
         # Every rank visits the whole probe set, so there is nothing to merge.
         return bank.counts
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Training: keep the loss. Validation: write the epoch's records, save. Test: write the scores."""
+        """Validation: write the epoch's records, save. Test: write the scores."""
         if stage == sb.Stage.TRAIN:
-            self.train_loss, self.train_seconds = stage_loss, time.time() - self.stage_start
+            self.train_seconds = time.time() - self.stage_start
         elif stage == sb.Stage.VALID:
-            self._finish_epoch(epoch, stage_loss)
+            self._finish_epoch(epoch)
         elif if_main_process():
             write_results(self.test_results_path, self.test_ids, self.test_rows)
 
-    def _finish_epoch(self, epoch, valid_loss):
+    def _finish_epoch(self, epoch):
+        """All ranks come here; the numbers are those of all ranks, the files rank 0's."""
         hparams = self.hparams
-        counts = hparams.memory_bank.end_epoch()
         probe_counts = self.count_probe_switches(epoch)
+        counts = hparams.memory_bank.end_epoch()
         hparams.exclusion_audit.synchronize()
-        tracker = hparams.epoch_tracker
-        tracker.synchronize()
-        means, margins = tracker.means(), tracker.values.get("train/margin", [])
-        train, valid = {"loss": self.train_loss}, {"loss": valid_loss}
-        for name, value in means.items():
-            stage, name = name.split("/")
-            (train if stage == "train" else valid)[name] = value
+        hparams.epoch_tracker.synchronize()
+        means = ddp_broadcast(hparams.epoch_tracker.means())
+        margins = hparams.epoch_tracker.values.get("train/margin", [])
+        train, valid = (
+            {name.removeprefix(stage): value for name, value in means.items() if name.startswith(stage)}
+            for stage in ("train/", "valid/")
+        )
+        self._check_progress(epoch, counts, valid)
         meta = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -238,29 +295,42 @@ class SeparationBrain(sb.Brain):
             "excluded_rate": counts.excluded_rate,
             "uncounted_samples": counts.uncounted,
             "all_dropped_batches": counts.all_dropped_batches,
+            "margin_median": float(torch.tensor(margins).median()) if margins else float("nan"),
         }
         if probe_counts is not None:
             meta["probe_label_switches"] = probe_counts.label_switches
             meta["probe_label_switch_rate"] = probe_counts.label_switch_rate
-        hparams.lr_scheduler.on_epoch(self.optimizer, epoch, valid_loss)
+        hparams.lr_scheduler.on_epoch(self.optimizer, epoch, valid["loss"])
 
+        hparams.train_logger.log_stats(meta, train, valid)  # a collective in SpeechBrain
+        self.tensorboard.log_stats(meta, train, valid)
+        self.tensorboard.log_histogram("assignment_margin_db", margins, epoch)
         if if_main_process():
-            hparams.train_logger.log_stats(meta, train, valid)
-            self.tensorboard.log_stats(meta, train, valid)
-            self.tensorboard.log_histogram("assignment_margin_db", margins, epoch)
-            if self.example is not None and hparams.examples_interval and epoch % hparams.examples_interval == 0:
-                self.tensorboard.log_example(self.example, draw_separation(self.example), epoch)
-            median = float(torch.tensor(margins).median()) if margins else float("nan")
-            row = {**meta, "seconds": self.train_seconds, "margin_median": median}
-            row.update({f"train_{name}": value for name, value in train.items() if "decoupling" not in name})
-            row.update({f"valid_{name}": value for name, value in valid.items() if "decoupling" not in name})
-            row.update({name: value for name, value in valid.items() if "decoupling" in name})
+            for number, example in enumerate(self.examples, 1):
+                self.tensorboard.log_example(f"example_{number}", example, draw_separation(example), epoch)
+            row = {**meta, "seconds": self.train_seconds}
+            row.update({f"train_{name}": value for name, value in train.items()})
+            row.update({f"valid_{name}": value for name, value in valid.items()})
             hparams.history.append(row)
         self.checkpointer.save_and_keep_only(
             meta={"si_sdri": valid["si_sdri"], "epoch": epoch},
             num_to_keep=hparams.num_to_keep,
             max_keys=["si_sdri"],
         )
+
+    def _check_progress(self, epoch, counts, valid):
+        """Stop a run that learns nothing, instead of going on with numbers that look like others."""
+        if counts.uncounted == counts.visits:
+            raise RunError(
+                f"In epoch {epoch} each of the {counts.visits} training mixtures had a silent source or an estimate "
+                "that is not finite: nothing can be learned from them. Look at the data, or lower --lr "
+                f"(now {self.hparams.lr})."
+            )
+        if not math.isfinite(valid.get("loss", math.nan)) or not math.isfinite(valid["si_sdri"]):
+            raise RunError(
+                f"After epoch {epoch} no validation mixture has a finite score: the training diverged, or each has a "
+                f"silent source. Lower --lr (now {self.hparams.lr}), or look at the data."
+            )
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load the best checkpoint's weights, and nothing else of it."""

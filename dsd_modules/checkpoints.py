@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from speechbrain.utils.checkpoints import (
     Checkpointer,
+    ckpt_recency,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
     torch_recovery,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
+
+from dsd_modules.errors import RunError
+from dsd_modules.files import flush_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +36,23 @@ class WholeCheckpointer(Checkpointer):
     merged over the ranks before.
     """
 
-    def __init__(self, checkpoints_dir, recoverables=None, **kwargs):
-        super().__init__(checkpoints_dir, recoverables, **kwargs)
-        if if_main_process():
-            for leftover in self.checkpoints_dir.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-
     def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
         """See :meth:`Checkpointer.save_checkpoint`."""
         for recoverable in self.recoverables.values():
             if hasattr(recoverable, "synchronize"):
                 recoverable.synchronize()
+        if if_main_process():
+            for leftover in self.checkpoints_dir.glob(f"{_UNFINISHED}*"):  # of a killed run
+                shutil.rmtree(leftover)
         final = self._new_checkpoint_dirpath() if name is None else self._custom_checkpoint_dirpath(name)
         checkpoint = super().save_checkpoint(
             meta or {}, end_of_epoch, name=f"{_UNFINISHED}{final.name}", verbosity=logging.DEBUG
         )
         if checkpoint is not None:  # the main process
             for path in [*checkpoint.path.iterdir(), checkpoint.path]:
-                _flush_to_disk(path)
+                flush_to_disk(path)
             os.rename(checkpoint.path, final)
-            _flush_to_disk(self.checkpoints_dir)
+            flush_to_disk(self.checkpoints_dir)
             files = {name: final / path.name for name, path in checkpoint.paramfiles.items()}
             checkpoint = checkpoint._replace(path=final, paramfiles=files)
             logger.log(verbosity, f"Saved a checkpoint in {final}")
@@ -63,12 +64,40 @@ class WholeCheckpointer(Checkpointer):
             return self.checkpoints_dir / name
         return Checkpointer._custom_checkpoint_dirpath(self, name)
 
-    @staticmethod
-    def _delete_checkpoint(checkpoint, verbosity=logging.INFO):
-        doomed = checkpoint.path.with_name(f"{_UNFINISHED}{checkpoint.path.name}")
-        os.rename(checkpoint.path, doomed)
-        shutil.rmtree(doomed)
-        logger.log(verbosity, f"Deleted the checkpoint in {checkpoint.path}")
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep=1,
+        min_keys=(),
+        max_keys=(),
+        importance_keys=(ckpt_recency,),
+        ckpt_predicate=None,
+        verbosity=logging.INFO,
+    ):
+        """See :meth:`Checkpointer.delete_checkpoints`, which deletes in place."""
+        keys = [{"min_key": key} for key in min_keys] + [{"max_key": key} for key in max_keys]
+        keys += [{"importance_key": key} for key in importance_keys]
+        found = [self.find_checkpoints(**key, ckpt_predicate=ckpt_predicate) for key in keys]  # the best first
+        doomed = {ckpt.path for ckpts in found for ckpt in ckpts}
+        doomed -= {ckpt.path for ckpts in found for ckpt in ckpts[:num_to_keep]}
+        ddp_barrier()
+        for path in sorted(doomed) if if_main_process() else []:
+            hidden = path.with_name(f"{_UNFINISHED}{path.name}")
+            os.rename(path, hidden)
+            shutil.rmtree(hidden)
+            logger.log(verbosity, f"Deleted the checkpoint in {path}")
+        ddp_barrier()
+
+    def load_checkpoint(self, checkpoint):
+        """See :meth:`Checkpointer.load_checkpoint`; a damaged file is named."""
+        try:
+            super().load_checkpoint(checkpoint)
+        except Exception as error:  # a damaged file can fail in any way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(
+                f"The checkpoint {checkpoint.path} cannot be loaded ({reason}). If it is damaged, remove that folder "
+                "to go on from the one before."
+            ) from error
 
     def check_recoverable(self, name):
         """Load one recoverable of the newest checkpoint, to see early whether it fits.
@@ -109,14 +138,6 @@ class WholeCheckpointer(Checkpointer):
             for name in names:
                 torch_recovery(self.recoverables[name], checkpoint.paramfiles[name], end_of_epoch=True)
         return checkpoint
-
-
-def _flush_to_disk(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @register_checkpoint_hooks

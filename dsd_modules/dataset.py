@@ -86,7 +86,7 @@ class EpochSampler(Sampler):
 class MixtureDataset(DynamicItemDataset):
     """The mixtures of one manifest.
 
-    An item has ``id``, ``row`` (its position in the manifest, for the memory bank), ``num_samples``,
+    An item has ``id``, ``row`` (its position in the dataset, for the memory bank), ``num_samples``,
     ``mix_sig [T]`` and ``sources [T, N]``. It is indexed by its row, or by ``(epoch, row)``
     (see :class:`EpochSampler`).
 
@@ -103,7 +103,7 @@ class MixtureDataset(DynamicItemDataset):
     seed : int
         Of the crops.
     rows : sequence of int, optional
-        Only these rows of the manifest, which keep their numbers. None: all.
+        Only these rows of the manifest, numbered anew. None: all.
     """
 
     def __init__(self, manifest, sample_rate, segment_seconds=None, segment="random", seed=0, rows=None):
@@ -113,16 +113,17 @@ class MixtureDataset(DynamicItemDataset):
         self.seed = seed
         data = {}
         with open(manifest, newline="", encoding="utf-8") as stream:
-            for row, entry in enumerate(csv.DictReader(stream)):
+            for entry in csv.DictReader(stream):
                 wavs = [path for column, path in entry.items() if column.endswith("_wav")]
-                data[entry["ID"]] = {"row": row, "duration": float(entry["duration"]), "wavs": wavs, "epoch": None}
+                data[entry["ID"]] = {"duration": float(entry["duration"]), "wavs": wavs}
         if rows is not None:
             ids = list(data)
             data = {ids[row]: data[ids[row]] for row in rows}
+        for row, entry in enumerate(data.values()):
+            entry.update(row=row, epoch=None)
         super().__init__(data, output_keys=["id", "row", "num_samples", "mix_sig", "sources"])
-        self.add_dynamic_item(
-            self.read_crop, ["id", "duration", "wavs", "epoch"], ["num_samples", "mix_sig", "sources"]
-        )
+        takes, provides = ["id", "duration", "wavs", "epoch"], ["num_samples", "mix_sig", "sources"]
+        self.add_dynamic_item(self.read_crop, takes, provides)
 
     def __getitem__(self, index):
         epoch, row = index if isinstance(index, tuple) else (None, index)

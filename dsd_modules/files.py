@@ -1,9 +1,11 @@
-"""Files that are either whole or absent, and tables of numbers read back from them."""
+"""Files that are either whole or absent, flushes to the disk, and tables of numbers read back from them."""
 
 import contextlib
 import csv
 import os
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextlib.contextmanager
@@ -54,6 +56,60 @@ def write_whole(path, mode="w"):
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def flush_to_disk(path):
+    """Bring what was written to a file, or the names in a folder, to the disk: then a power cut keeps it.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file or folder.
+
+    Raises
+    ------
+    OSError
+        If it is missing, or the disk refuses.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> flush_to_disk(tempfile.mkdtemp())
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(folder):
+    """Keep other runs out of a folder, for as long as the returned lock lives or the process runs.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Created where it is missing.
+
+    Returns
+    -------
+    filelock.FileLock or None
+        None on other ranks than the first.
+
+    Raises
+    ------
+    ValueError
+        If another run holds it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"Another run is at work in {folder}; wait for it, or give another folder.") from None
+    return lock
 
 
 def read_table(path, key):

@@ -6,6 +6,8 @@ import torch
 
 from dsd_modules.permutation import solve_assignment
 
+LAYER_WEIGHTS = ("uniform", "ramp")
+LAYER_PERMUTATIONS = ("shared", "independent")
 # SI-SDR lies within +-80 dB: beyond, it has no gradient, and float32 signals could not tell anyway.
 _LEAST_SHARE = 1e-8
 # A signal whose AC energy is below this share of its whole energy is silent: digital silence, or a constant.

@@ -1,7 +1,7 @@
 """The memory bank of dynamic sample dropout: each training sample's best assignment, across epochs and ranks.
 
 Samples are addressed by their row, the position of their id in the sorted manifest, which travels with the
-batch; of the ids themselves only eight-byte digests are kept, to recognise other data. About 35 bytes a sample.
+batch; of the ids themselves only eight-byte digests are kept, to recognise other data. About 30 bytes a sample.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 
+from dsd_modules.distributed import all_reduce, get_rank, world_size
 from dsd_modules.sample_dropout import DROP, MODES, REORDER, Entries, decide, record
 
 
@@ -197,7 +198,7 @@ class AssignmentMemoryBank:
         return allowed - self.counts.dropped_samples - self.counts.reordered_samples
 
     def _num_samples_per_rank(self):
-        return -(-len(self) // _world_size())
+        return -(-len(self) // world_size())
 
     def update(self, rows, perm, metric, valid=None):
         """Decide about a batch of visits, and record them.
@@ -223,7 +224,7 @@ class AssignmentMemoryBank:
         stored = self.lookup(rows)
         mode = self.mode if self.epoch >= self.first_epoch else "none"
         decision = decide(stored, perm, metric, mode, self.margin_db, self.patience, self.quota, valid)
-        entries = record(stored, decision, perm, metric)
+        entries = record(decision, perm, metric)
         for field in fields(Entries):
             column = getattr(self._entries, field.name)
             column[rows] = getattr(entries, field.name).to(column.dtype)
@@ -256,14 +257,13 @@ class AssignmentMemoryBank:
             Summed over the ranks.
         """
         self.synchronize()
-        return EpochCounts(*self._gather_counts().sum(0).tolist())
+        return EpochCounts(*self._rank_counts.sum(0).tolist())
 
     def _gather_counts(self):
         """The counts of every rank, ``[world_size, fields]``."""
-        world_size, rank = _world_size(), _rank()
-        table = torch.zeros(world_size, len(fields(EpochCounts)), dtype=torch.int64)
-        table[rank] = torch.tensor(list(asdict(self.counts).values()))
-        return _all_reduce(table, "SUM")
+        table = torch.zeros(world_size(), len(fields(EpochCounts)), dtype=torch.int64)
+        table[get_rank()] = torch.tensor(list(asdict(self.counts).values()))
+        return all_reduce(table, "SUM")
 
     def synchronize(self):
         """Give every rank the entries that any rank has updated. All ranks must call it; one alone does nothing.
@@ -271,16 +271,16 @@ class AssignmentMemoryBank:
         Where several ranks visited the same sample since the last merge (a sampler that repeats samples), the
         lowest rank's entry stands.
         """
-        world_size, rank = _world_size(), _rank()
-        if world_size > 1:
-            owner = torch.where(self._is_touched, rank, world_size).to(torch.int32)
-            owner = _all_reduce(owner, "MIN")
+        num_ranks, rank = world_size(), get_rank()
+        if num_ranks > 1:
+            owner = torch.where(self._is_touched, rank, num_ranks).to(torch.int32)
+            owner = all_reduce(owner, "MIN")
             for field in fields(Entries):
                 column = getattr(self._entries, field.name)
                 shape = (-1,) + (1,) * (column.dim() - 1)
                 mine = torch.where((owner == rank).view(shape), column, torch.zeros_like(column))
-                merged = _all_reduce(mine, "SUM")
-                column.copy_(torch.where((owner < world_size).view(shape), merged, column))
+                merged = all_reduce(mine, "SUM")
+                column.copy_(torch.where((owner < num_ranks).view(shape), merged, column))
         self._is_touched.zero_()
         self._rank_counts = self._gather_counts()
 
@@ -288,9 +288,9 @@ class AssignmentMemoryBank:
     def save(self, path):
         """Save the entries; :meth:`synchronize` goes before."""
         state = {field.name: getattr(self._entries, field.name) for field in fields(Entries)}
-        if _world_size() > 1 and self._rank_counts is None:
+        if world_size() > 1 and self._rank_counts is None:
             raise RuntimeError("With several ranks, synchronize() must be called on all of them before save().")
-        rank_counts = self._rank_counts if _world_size() > 1 else self._gather_counts()
+        rank_counts = self._rank_counts if world_size() > 1 else self._gather_counts()
         torch.save({"digests": self._digests, "epoch": self.epoch, "rank_counts": rank_counts, **state}, path)
 
     @mark_as_loader
@@ -315,29 +315,7 @@ class AssignmentMemoryBank:
         self._entries = Entries(**{field.name: state[field.name] for field in fields(Entries)})
         self.epoch = state["epoch"]
         rank_counts = state["rank_counts"]
-        if len(rank_counts) != _world_size():  # another number of ranks: the first one takes over the counts
-            others = rank_counts.new_zeros(_world_size() - 1, rank_counts.shape[1])
+        if len(rank_counts) != world_size():  # another number of ranks: the first one takes over the counts
+            others = rank_counts.new_zeros(world_size() - 1, rank_counts.shape[1])
             rank_counts = torch.cat([rank_counts.sum(0, keepdim=True), others])
-        self.counts = EpochCounts(*rank_counts[_rank()].tolist())
-
-
-def _is_distributed():
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _world_size():
-    return torch.distributed.get_world_size() if _is_distributed() else 1
-
-
-def _rank():
-    return torch.distributed.get_rank() if _is_distributed() else 0
-
-
-def _all_reduce(tensor, operation):
-    """Reduce a CPU tensor over the ranks; NCCL wants it on the GPU meanwhile."""
-    if _world_size() == 1:
-        return tensor
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    moved = tensor.to(device, copy=True)
-    torch.distributed.all_reduce(moved, getattr(torch.distributed.ReduceOp, operation))
-    return moved.cpu()
+        self.counts = EpochCounts(*rank_counts[get_rank()].tolist())

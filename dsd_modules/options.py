@@ -1,13 +1,20 @@
 """The options of the recipe's YAML, read and checked before any data is touched or model built."""
 
 import difflib
+import json
 import math
 import re
 from decimal import Decimal
 from pathlib import Path
 
+import torch
 import yaml
 from hyperpyyaml import resolve_references
+from speechbrain.utils.distributed import infer_device
+
+from dsd_modules.losses import LAYER_PERMUTATIONS, LAYER_WEIGHTS
+from dsd_modules.sample_dropout import MODES
+from dsd_modules.schedules import SCHEDULES
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -18,10 +25,8 @@ _PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def _one_of(*values):
-    # True == 1, so the type counts too.
-    return lambda v: any(v == w and isinstance(v, bool) == isinstance(w, bool) for w in values), (
-        "one of " + ", ".join(map(str, values))
-    )
+    # True == 1 == 1.0, so the type counts too.
+    return lambda v: any(v == w and type(v) is type(w) for w in values), "one of " + ", ".join(map(str, values))
 
 
 def _whole(least, most=math.inf):
@@ -46,22 +51,28 @@ def _list_of(is_right, expected):
 
 
 _PATH = (lambda v: isinstance(v, str) and v != "", "a path")
+_OPTIONAL_PATH = _optional(_PATH)
 _BOOL = _one_of(True, False)
 
 # What each top-level option of the recipe may be: a test, and the words for what is expected.
 EXPECTED = {
     "seed": _whole(0, 2**32 - 1),
     "output_folder": _PATH,
-    "data_folder": _optional(_PATH),
+    "save_folder": _PATH,
+    "train_csv": _PATH,
+    "valid_csv": _PATH,
+    "test_csv": _PATH,
+    "train_log": _PATH,
+    "data_folder": _OPTIONAL_PATH,
     "synthetic_folder": _PATH,
-    "train_manifest": _optional(_PATH),
-    "valid_manifest": _optional(_PATH),
-    "test_manifest": _optional(_PATH),
-    "pretrained_folder": _optional(_PATH),
+    "train_manifest": _OPTIONAL_PATH,
+    "valid_manifest": _OPTIONAL_PATH,
+    "test_manifest": _OPTIONAL_PATH,
+    "pretrained_folder": _OPTIONAL_PATH,
     "num_spks": _one_of(2, 3),
     "sample_rate": _one_of(8000, 16000),
     "train_sets": _list_of(
-        lambda v: set(v) <= {"train-100", "train-360"} and len(set(v)) == len(v),
+        lambda v: v in (["train-100"], ["train-360"], ["train-100", "train-360"], ["train-360", "train-100"]),
         "a list of train-100, train-360 or both",
     ),
     "mode": _one_of("min", "max"),
@@ -70,21 +81,23 @@ EXPECTED = {
         lambda v: len(v) == 3 and all(type(size) is int and size >= 1 for size in v),
         "a list of three whole numbers of at least 1 (training, validation, test)",
     ),
+    "synthetic_seed": _whole(0, 2**32 - 1),
     "number_of_epochs": _whole(1),
     "batch_size": _whole(1),
     "grad_accumulation_factor": _whole(1),
     "lr": _number(lambda v: v > 0, "above 0"),
-    "lr_schedule": _one_of("plateau", "linear"),
+    "lr_schedule": _one_of(*SCHEDULES),
     "lr_warmup": _number(lambda v: 0 <= v < 1, "from 0 up to (not with) 1"),
     "lr_patience": _whole(0),
     "lr_hold_epochs": _whole(0),
+    "lr_min": _number(lambda v: v >= 0, "of at least 0"),
     "max_grad_norm": _number(lambda v: v > 0, "above 0"),
     "precision": _one_of("fp32", "fp16", "bf16"),
     "skip_nonfinite_grads": _BOOL,
     "ckpt_interval_minutes": _number(lambda v: v >= 0, "of at least 0"),
     "segment_seconds": _optional(_number(lambda v: v > 0, "above 0")),
     "segment": _one_of("random", "fixed"),
-    "dsd_mode": _one_of("none", "drop", "reorder"),
+    "dsd_mode": _one_of(*MODES),
     "dsd_margin_db": _number(lambda v: v >= 0, "of at least 0"),
     "dsd_start_epoch": _whole(1),
     "dsd_metric": _one_of("si_sdr", "si_sdri"),
@@ -92,8 +105,8 @@ EXPECTED = {
     "dsd_patience": _whole(0),
     "probe_size": _whole(0),
     "layerwise": _BOOL,
-    "layer_weights": _one_of("uniform", "ramp"),
-    "layer_permutation": _one_of("shared", "independent"),
+    "layer_weights": _one_of(*LAYER_WEIGHTS),
+    "layer_permutation": _one_of(*LAYER_PERMUTATIONS),
     "eval_batch_size": _whole(1),
     "examples_interval": _whole(0),
     "num_to_keep": _whole(1),
@@ -106,6 +119,7 @@ EXPECTED = {
     "num_inter_layers": _whole(1),
     "num_heads": _whole(1),
     "d_ffn": _whole(1),
+    "dropout": _number(lambda v: 0 <= v < 1, "from 0 up to (not with) 1"),
 }
 
 
@@ -130,6 +144,9 @@ def tidy_overrides(overrides):
     'lr: 0.0001'
     """
     values = dict(line.split(": ", 1) for line in overrides.splitlines() if ": " in line)
+    for name, value in values.items():
+        if EXPECTED.get(name) in (_PATH, _OPTIONAL_PATH) and value not in ("null", "~", ""):
+            values[name] = json.dumps(value, ensure_ascii=False)  # a # or a colon in a path means nothing to YAML
     values = {name: format(Decimal(v), "f") if _FLOAT.fullmatch(v.strip()) else v for name, v in values.items()}
     flags = [line for line in overrides.splitlines() if ": " not in line]
     return "\n".join([*flags, *(f"{name}: {value}" for name, value in values.items())])
@@ -159,8 +176,9 @@ def read_options(hparams_file, overrides="", run_opts=None):
     try:
         with open(hparams_file, encoding="utf-8") as stream:
             text = stream.read()
-    except OSError as error:
-        raise ValueError(f"The hyper-parameter file {hparams_file} cannot be read: {error.strerror}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"The hyper-parameter file {hparams_file} cannot be read: {reason}.") from None
     try:
         given = yaml.safe_load(overrides) or {} if isinstance(overrides, str) else dict(overrides)
         if not isinstance(given, dict):
@@ -209,9 +227,14 @@ def check_options(options):
             f"--dsd_mode {get('dsd_mode')} contradicts --dsd_max_drop_rate 0, under which no sample is ever excluded; "
             "give a rate above 0, or --dsd_mode none."
         )
-    if get("kernel_size", 2) % 2 or get("chunk_size", 2) % 2:
-        name = "kernel_size" if get("kernel_size", 2) % 2 else "chunk_size"
-        raise ValueError(f"--{name} must be even, but got {options[name]}.")
+    for name in ("kernel_size", "chunk_size", "num_filters"):
+        if get(name, 2) % 2:
+            raise ValueError(f"--{name} must be even, but got {options[name]}.")
+    segment_seconds, kernel_size = get("segment_seconds"), get("kernel_size", 2)
+    if segment_seconds and round(segment_seconds * get("sample_rate", 8000)) < kernel_size:
+        raise ValueError(
+            f"--segment_seconds {segment_seconds} is shorter than the encoder's kernel of {kernel_size} samples."
+        )
     if get("num_filters", 1) % get("num_heads", 1):
         raise ValueError(
             f"--num_heads must divide num_filters, but got {options['num_heads']} for {options['num_filters']} filters."
@@ -222,11 +245,14 @@ def check_options(options):
     if manifests and get("data_folder"):
         raise ValueError(f"--data_folder {get('data_folder')} contradicts --{manifests[0]}; give one of the two.")
     for name in (*manifests, "data_folder", "pretrained_folder"):
+        is_folder = name.endswith("_folder")
         if get(name) and not Path(get(name)).exists():
             raise ValueError(f"--{name} {get(name)} does not exist.")
+        if get(name) and Path(get(name)).is_dir() != is_folder:
+            raise ValueError(f"--{name} {get(name)} must be a {'folder' if is_folder else 'file'}.")
 
 
-# What a resumed run cannot change: the model's form.
+# The model's form, which a checkpoint fixes.
 MODEL_OPTIONS = (
     "num_spks",
     "sample_rate",
@@ -239,10 +265,13 @@ MODEL_OPTIONS = (
     "num_heads",
     "d_ffn",
 )
+# What else a run keeps, and what it keeps until the end of an epoch that is resumed in its middle.
+_RUN_OPTIONS = ("seed", "probe_size", "lr_schedule")
+_EPOCH_OPTIONS = ("batch_size", "grad_accumulation_factor")
 
 
 def check_resume(options):
-    """Refuse to go on in an output folder whose checkpoints are of another model.
+    """Refuse to go on in an output folder whose checkpoints are of another model, or of another run.
 
     Arguments
     ---------
@@ -252,15 +281,46 @@ def check_resume(options):
     Raises
     ------
     ValueError
-        If an option of the model differs from that of the folder's last run.
+        If an option that the checkpoints fix differs from that of the folder's last run.
     """
+    checkpoints = sorted(Path(options["save_folder"]).glob("CKPT*/CKPT.yaml"), key=lambda path: path.stat().st_mtime)
     earlier_file = Path(options["output_folder"]) / "hyperparams.yaml"
-    if not earlier_file.is_file() or not any(Path(options["save_folder"]).glob("CKPT*")):
-        return
-    earlier = read_options(earlier_file)
-    for name in MODEL_OPTIONS:
+    try:
+        meta, earlier = yaml.safe_load(checkpoints[-1].read_text()), read_options(earlier_file)
+    except (IndexError, OSError, ValueError, yaml.YAMLError):
+        return  # nothing to resume, or the file was cut off by a kill
+    names = (*MODEL_OPTIONS, *_RUN_OPTIONS, *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS))
+    for name in names:
         if name in earlier and earlier[name] != options[name]:
             raise ValueError(
                 f"--{name} is {options[name]}, but the run in {options['output_folder']} had {earlier[name]}; "
                 "give its value to go on, or another --output_folder."
             )
+
+
+def check_run_opts(options, device=None, data_parallel_backend=False):
+    """Refuse run options of SpeechBrain that this machine or this recipe cannot serve.
+
+    Arguments
+    ---------
+    options : dict
+        From :func:`read_options`.
+    device : str, optional
+        ``--device``; None: SpeechBrain chooses.
+    data_parallel_backend : bool
+        ``--data_parallel_backend``.
+
+    Raises
+    ------
+    ValueError
+        If the device does not exist, cannot do the precision, or DataParallel is wanted.
+    """
+    if data_parallel_backend:
+        raise ValueError("--data_parallel_backend cannot gather the blocks' estimates; use torchrun instead.")
+    device = device or infer_device()
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch raises either
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if options["precision"] == "fp16" and torch.device(device).type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU, but the device is the CPU; give fp32 or bf16.")

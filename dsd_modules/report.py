@@ -341,7 +341,7 @@ def _draw_spectrograms(figure, example):
     powers = {name: transform.spectrogram(_at_least(signal, len(window))) for name, signal in signals.items()}
     loudest = max(powers["mixture"].max(), 1e-12)
 
-    figure.suptitle(f"Test mixture {example['id']}", fontweight="bold", fontsize=13, x=0.01, ha="left")
+    figure.suptitle(f"Mixture {example['id']}", fontweight="bold", fontsize=13, x=0.01, ha="left")
     all_axes = figure.subplots(1, len(signals), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (name, power) in zip(all_axes, powers.items(), strict=True):
         image = axes.imshow(
@@ -411,9 +411,9 @@ def _blocks(axes, history, results):
 
 
 def _decoupling(axes, history, results):
-    num_blocks = count_blocks(history, "layer_decoupling_block")
+    num_blocks = count_blocks(history, "valid_layer_decoupling_block")
     for block, color in enumerate(block_colors(num_blocks + 1)[:-1], start=1):
-        column = f"layer_decoupling_block{block}"
+        column = f"valid_layer_decoupling_block{block}"
         plot_by_epoch(axes, history, column, f"block {block}", scale=100, color=color)
     finish_epoch_axes(axes, "Layer-decoupling", "assigned unlike final block (%)", from_zero=True)
 
@@ -440,6 +440,6 @@ _PANELS = (
     (_label_switches, _has("label_switch_rate", "probe_label_switch_rate")),
     (_exclusions, _has("dropped_samples", "reordered_samples")),
     (_blocks, _has("valid_si_sdri_block1", "train_si_sdri_block1")),
-    (_decoupling, _has("layer_decoupling_block1")),
+    (_decoupling, _has("valid_layer_decoupling_block1")),
     (_test_means, lambda history, results: count_blocks([results], "si_sdri_block") > 0),
 )

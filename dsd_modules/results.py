@@ -1,5 +1,6 @@
 """What a finished run leaves: separated examples, the report, and where everything is."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def finish_run(output_folder, exported, test_set):
     test_set : MixtureDataset
         The test set.
     """
-    output_folder = Path(output_folder)
+    output_folder, exported = Path(output_folder).resolve(), Path(exported).resolve()
     rows, mean = read_results(output_folder / "test_results.csv")
     # Neither the best nor the worst: the example shall show what to expect.
     scored = sorted((row["si_sdri"], sample_id) for sample_id, row in rows.items() if np.isfinite(row["si_sdri"]))
@@ -77,7 +78,7 @@ def finish_run(output_folder, exported, test_set):
         f"({blocks})\n"
         f"  results table     {output_folder / 'test_results.csv'}\n"
         f"  figure            {output_folder / 'report.png'}\n"
-        f"  TensorBoard       tensorboard --logdir {output_folder / 'tensorboard'}\n"
+        f"  TensorBoard       {sys.executable} -m tensorboard.main --logdir {output_folder / 'tensorboard'}\n"
         f"  separated voices  {output_folder / 'examples'}\n"
         f"  exported model    {exported}"
     )

@@ -26,8 +26,9 @@ class Entries:
 
 @dataclass
 class Decision:
-    """What to do with each sample of a batch; each field ``[B]``, permutations ``[B, N]``."""
+    """What to do with each sample of a batch; each tensor ``[B]``, permutations ``[B, N]``."""
 
+    stored: Entries  # as they were before
     action: torch.Tensor  # KEEP, DROP or REORDER
     perm: torch.Tensor  # the assignment to train under
     is_renewed: torch.Tensor  # the entry becomes (metric, PIT's assignment)
@@ -111,6 +112,7 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
 
     action = torch.where(is_excluded, REORDER if mode == "reorder" else DROP, KEEP)
     return Decision(
+        stored=stored,
         action=action,
         perm=torch.where((action == REORDER).unsqueeze(-1), stored.best_perm, perm),
         is_renewed=is_first | is_better | is_readmitted,
@@ -120,13 +122,11 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
     )
 
 
-def record(stored, decision, perm, metric):
+def record(decision, perm, metric):
     """The entries after the visit.
 
     Arguments
     ---------
-    stored : Entries
-        The entries before.
     decision : Decision
         What :func:`decide` said.
     perm : torch.Tensor
@@ -144,9 +144,10 @@ def record(stored, decision, perm, metric):
     >>> zeros = torch.zeros(1, dtype=torch.int64)
     >>> empty = Entries(torch.zeros(1), torch.zeros(1, 2).long(), torch.zeros(1, 2).long(), zeros, zeros, zeros)
     >>> perm, metric = torch.tensor([[1, 0]]), torch.tensor([3.0])
-    >>> record(empty, decide(empty, perm, metric), perm, metric).best_perm
+    >>> record(decide(empty, perm, metric), perm, metric).best_perm
     tensor([[1, 0]])
     """
+    stored = decision.stored
     renewed, counted, excluded = decision.is_renewed, decision.is_counted, decision.is_excluded
     return Entries(
         best_metric=torch.where(renewed, metric, stored.best_metric),

@@ -14,6 +14,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.train_logger import TrainLogger
 
 from dsd_modules.checkpoints import AppendedFiles
+from dsd_modules.distributed import all_gather, get_rank
 from dsd_modules.files import write_whole
 from dsd_modules.sample_dropout import ACTIONS
 
@@ -66,12 +67,9 @@ class EpochTracker:
 
     def synchronize(self):
         """Collect all ranks' values on rank 0, and empty the others. All ranks must call it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        ranks = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, (self.totals, self.values))
+        ranks = all_gather((self.totals, self.values))
         self.totals, self.values = {}, {}
-        if torch.distributed.get_rank() > 0:
+        if get_rank() > 0:
             return
         for totals, values in ranks:
             for name, (total, count) in totals.items():
@@ -176,19 +174,20 @@ class TensorboardLogger(TrainLogger):
         """Write the distribution of some values."""
         if self.writer is not None and len(values):
             self.writer.add_histogram(name, torch.tensor(values), epoch)
+            self.writer.flush()
 
-    def log_example(self, example, figure, epoch):
+    def log_example(self, name, example, figure, epoch):
         """Write the audio of a mixture, its references and estimates, and their figure."""
         if self.writer is None:
             return
         signals = {"mixture": example["mixture"]}
         for spk, (ref, est) in enumerate(zip(example["references"], example["estimates"], strict=True), 1):
             signals[f"reference_{spk}"], signals[f"estimate_{spk}"] = ref, est
-        for name, signal in signals.items():
+        for signal_name, signal in signals.items():
             loudest = max(float(abs(signal).max()), 1e-8)
             audio = torch.as_tensor(signal)[None] / loudest * 0.9
-            self.writer.add_audio(f"example/{name}", audio, epoch, sample_rate=example["sample_rate"])
-        self.writer.add_figure("example/spectrograms", figure, epoch)
+            self.writer.add_audio(f"{name}/{signal_name}", audio, epoch, sample_rate=example["sample_rate"])
+        self.writer.add_figure(f"{name}/spectrograms", figure, epoch)
         self.writer.flush()
 
 
@@ -209,7 +208,7 @@ class ExclusionAudit(AppendedFiles):
         super().__init__([path])
         self._rows = []
 
-    def add(self, epoch, ids, stored, decision, perm, metric):
+    def add(self, epoch, ids, decision, perm, metric):
         """Note the excluded samples of a batch; :meth:`synchronize` writes them.
 
         Arguments
@@ -218,8 +217,6 @@ class ExclusionAudit(AppendedFiles):
             Current epoch.
         ids : list of str
             Of the batch's samples.
-        stored : Entries
-            The bank's entries before the visit.
         decision : Decision
             The rule's decision.
         perm, metric : torch.Tensor
@@ -231,19 +228,16 @@ class ExclusionAudit(AppendedFiles):
                     epoch,
                     ids[b],
                     ACTIONS[int(decision.action[b])],
-                    " ".join(map(str, stored.best_perm[b].tolist())),
+                    " ".join(map(str, decision.stored.best_perm[b].tolist())),
                     " ".join(map(str, perm[b].tolist())),
-                    f"{float(stored.best_metric[b]):.4f}",
+                    f"{float(decision.stored.best_metric[b]):.4f}",
                     f"{float(metric[b]):.4f}",
                 )
             )
 
     def synchronize(self):
         """Append all ranks' rows to the file. All ranks must call it."""
-        ranks = [self._rows]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, self._rows)
+        ranks = all_gather(self._rows)
         self._rows = []
         if not if_main_process():
             return

@@ -40,8 +40,14 @@ elif moment == "save":  # one of its files is written, others are not
     checkpoints.RandomState.save = kill_at(checkpoints.RandomState.save)
     checkpoints.RandomState.save._speechbrain_saver = True
     checkpoints.register_checkpoint_hooks(checkpoints.RandomState)
-elif moment == "delete":
-    shutil.rmtree = kill_at(shutil.rmtree)
+elif moment == "delete":  # its meta file is gone, others are not
+    rmtree = shutil.rmtree
+
+    def kill_within(path, *args, **kwargs):
+        (Path(path) / "CKPT.yaml").unlink(missing_ok=True)
+        kill_at(rmtree)(path, *args, **kwargs)
+
+    shutil.rmtree = kill_within
 elif moment == "log":
     tracking.History.append = kill_at(tracking.History.append)
 torch.set_num_threads(1)

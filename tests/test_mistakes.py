@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import HPARAMS, TINY, arguments
+from filelock import FileLock
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.dual_path import SepformerWrapper
 
@@ -16,7 +17,7 @@ from dsd_modules.options import EXPECTED, read_options
 def fails(recipe, message, **overrides):
     """The run ends with one sentence that holds the message."""
     with pytest.raises(SystemExit) as stop:
-        recipe.main([str(HPARAMS), *arguments(overrides)])
+        recipe.main([str(HPARAMS), *arguments({"device": "cpu", **overrides})])
     assert isinstance(stop.value.code, str), stop.value.code
     assert stop.value.code.startswith("error: ")
     assert "\n" not in stop.value.code
@@ -51,6 +52,7 @@ def nothing_built(recipe, monkeypatch):
         ("batch_size", 2.5, "but got 2.5"),
         ("grad_accumulation_factor", 0, "at least 1, but got 0"),
         ("segment_seconds", 0, "null or a number above 0"),
+        ("segment_seconds", 0.001, "is shorter than the encoder's kernel of 16 samples"),
         ("segment", "sliding", "one of random, fixed"),
         ("lr", "nan", "a number above 0"),
         ("train_sets", "train-100", "a list of train-100, train-360 or both"),
@@ -58,6 +60,12 @@ def nothing_built(recipe, monkeypatch):
         ("kernel_size", 15, "--kernel_size must be even, but got 15"),
         ("num_heads", 7, "--num_heads must divide num_filters, but got 7 for 256 filters"),
         ("data_folder", "/no/such/folder", "--data_folder /no/such/folder does not exist"),
+        ("precision", "fp16", "--precision fp16 needs a GPU"),
+        ("device", "bogus", "--device bogus cannot be used"),
+        ("num_filters", 7, "--num_filters must be even, but got 7"),
+        ("sample_rate", 8000.0, "one of 8000, 16000, but got 8000.0"),
+        ("train_sets", "[[a], b]", "a list of train-100"),
+        ("save_folder", "null", "a path, but got None"),
         ("train_manifest", "train.csv", "--train_manifest needs the other two"),
     ],
 )
@@ -92,7 +100,7 @@ def test_a_data_folder_of_another_kind(recipe, librimix, librimix3, tmp_path):
         (np.zeros(100), 8000, "has 100 samples, but its mixture"),
         (np.zeros(6000), 44100, "has a sample rate of 44100 Hz, but sample_rate is 8000"),
         (np.zeros((6000, 2)), 8000, "has 2 channels"),
-        (np.zeros(0), 8000, "holds no samples"),
+        (np.zeros(0), 8000, "has 0 samples, but at least 16 are needed"),
         (None, 0, "is not a readable audio file"),
     ],
 )
@@ -125,14 +133,17 @@ def test_every_option_of_the_yaml_is_checked_and_explained():
     """Each plain top-level key has a check and a comment with its values; no check is for a key that is not there."""
     options = read_options(HPARAMS)
     text = Path(HPARAMS).read_text()
-    derived = {"save_folder", "train_csv", "valid_csv", "test_csv", "kernel_stride", "train_log"}
+    derived = set()
     plain = {name for name, value in options.items() if isinstance(value, str | int | float | list)}
     nulls = {line.split(":")[0] for line in text.splitlines() if ": null #" in line}
     assert plain | nulls == set(EXPECTED) | derived
     for name in EXPECTED:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name}:")]
         comment = line.partition(" #")[2] or text[: text.index(line)].splitlines()[-1]
+        _, expected = EXPECTED[name]
+        choices = [value for value in expected.removeprefix("one of ").split(", ") if expected.startswith("one of ")]
         assert len(comment) > 3, name
+        assert all(choice in comment for choice in choices), name
 
 
 def test_defaults_are_the_published_model(monkeypatch):
@@ -143,3 +154,54 @@ def test_defaults_are_the_published_model(monkeypatch):
         modules = load_hyperpyyaml(stream)["modules"]
     shapes = {f"{name}.{key}": w.shape for name, module in modules.items() for key, w in module.state_dict().items()}
     assert shapes == {key: w.shape for key, w in SepformerWrapper().state_dict().items()}
+
+
+def test_a_training_that_learns_nothing_is_stopped(recipe, librimix, tmp_path):
+    tiny = {**TINY, "output_folder": tmp_path / "run"}
+    fails(recipe, "an epoch has only 6 batches", **tiny, data_folder=librimix, grad_accumulation_factor=7)
+    fails(recipe, "Lower --lr (now 1000000.0)", **{**tiny, "lr": 1e6}, data_folder=librimix)
+    silent = shutil.copytree(librimix, tmp_path / "Libri2Mix")
+    for path in silent.glob("wav8k/min/train-360/s2/*.wav"):
+        samples, sample_rate = soundfile.read(path)
+        soundfile.write(path, 0 * samples, sample_rate)
+    fails(recipe, "each of the 24 training mixtures had a silent source", **tiny, data_folder=silent)
+
+
+def test_a_users_manifest(recipe, librimix, tmp_path):
+    """Ids that are no file names, a mixture in two sets, a mark of Excel's."""
+    mixtures = sorted((librimix / "wav8k/min/train-360/mix_clean").iterdir())
+
+    def write(name, ids, paths, encoding="utf-8"):
+        rows = [f"{i},{p},{p},{p}" for i, p in zip(ids, paths, strict=True)]
+        (tmp_path / name).write_text("\n".join(["ID,mix_wav,s1_wav,s2_wav", *rows]), encoding=encoding)
+        return tmp_path / name
+
+    good = [write("train.csv", ["a"], mixtures[:1]), write("test.csv", ["a"], mixtures[1:2], "utf-8-sig")]
+    for sample_id in ("mean", "../escape", "x" * 300):
+        manifests = [*good, write("bad.csv", [sample_id], mixtures[2:3])]
+        overrides = dict(zip(("train_manifest", "test_manifest", "valid_manifest"), manifests, strict=True))
+        fails(recipe, "an id can be a file name", output_folder=tmp_path / "run", **overrides)
+    overrides = {"train_manifest": good[0], "test_manifest": good[1], "valid_manifest": good[0]}
+    fails(recipe, "1 mixtures stand in two of the manifests", output_folder=tmp_path / "run", **overrides)
+
+
+def test_folders_that_cannot_be_written(recipe, librimix, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(recipe, str(tmp_path / "file"), output_folder=tmp_path / "file", data_folder=librimix)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        fails(recipe, "Another run is at work in", output_folder=tmp_path / "run", data_folder=librimix)
+
+
+def test_a_path_may_hold_what_yaml_takes_for_its_own(run_recipe, librimix, tmp_path):
+    folder = tmp_path / "a: b #1"
+    run_recipe(data_folder=librimix, output_folder=folder, number_of_epochs=1)
+    assert (folder / "test_results.csv").is_file()
+
+
+def test_a_damaged_checkpoint_is_named(recipe, run_recipe, librimix, tmp_path):
+    options = {"data_folder": librimix, "output_folder": tmp_path / "run"}
+    run_recipe(**options, number_of_epochs=1)
+    (checkpoint,) = (tmp_path / "run" / "save").glob("CKPT*")
+    (checkpoint / "optimizer.ckpt").write_bytes(b"damaged")
+    fails(recipe, f"The checkpoint {checkpoint} cannot be loaded", **{**TINY, **options})

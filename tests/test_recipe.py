@@ -11,6 +11,7 @@ import torch
 from conftest import HPARAMS, REPOSITORY, TINY, arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsd_modules.data.generate import generate_synthetic
 from dsd_modules.report import read_history
 
 MODULES = ("encoder", "masknet", "decoder")
@@ -30,10 +31,13 @@ def weights(output_folder):
 
 
 def scalars(output_folder):
-    """Every TensorBoard scalar as {tag: [(step, value)]}."""
+    """Every TensorBoard scalar as {tag: [(step, value)]}, and the steps of everything else."""
     events = EventAccumulator(str(Path(output_folder, "tensorboard")), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for kind, read in (("histograms", events.Histograms), ("images", events.Images), ("audio", events.Audio)):
+        found.update({tag: [e.step for e in read(tag)] for tag in events.Tags()[kind]})
+    return found
 
 
 def assert_same_run(one, other):
@@ -76,6 +80,8 @@ KILLED = {
     "ckpt_interval_steps": 3,
     "lr_schedule": "linear",
     "dsd_patience": 2,
+    "dropout": 0.1,
+    "examples_interval": 2,
 }
 
 
@@ -118,6 +124,7 @@ def test_tensorboard_holds_the_numbers_of_the_log(whole_run):
         "probe_label_switches",
         "lr",
         "loss/train",
+        "loss_block1/train",
         "loss/valid",
         "si_sdr/train",
         "si_sdri/valid",
@@ -133,8 +140,8 @@ def test_tensorboard_holds_the_numbers_of_the_log(whole_run):
     accumulator.Reload()
     tags = accumulator.Tags()
     assert "assignment_margin_db" in tags["histograms"]
-    assert "example/spectrograms" in tags["images"]
-    assert {"example/mixture", "example/reference_1", "example/estimate_2"} <= set(tags["audio"])
+    assert "example_1/spectrograms" in tags["images"]
+    assert {"example_1/mixture", "example_1/reference_1", "example_3/estimate_2"} <= set(tags["audio"])
     log = (whole_run / "train_log.txt").read_text()
     assert log.count(" label_switches: ") == 4
     assert "layer_decoupling_block1" in log
@@ -155,19 +162,86 @@ def test_a_run_leaves_results_report_examples_and_model(whole_run):
     assert len(list((whole_run / "examples").glob("*.wav"))) == 5
 
 
-# 24 mixtures in batches of 2: 12 batches and 4 checkpoints within each epoch, and one at its end.
+def kill_and_resume(moment, number, options, folder):
+    """Kill a run at a moment, and give the same command again."""
+    command = arguments({**options, "output_folder": folder})
+    script = [sys.executable, str(REPOSITORY / "tests" / "killed_run.py")]
+    for how, returncode in ((moment, -9), ("never", 0)):
+        run = subprocess.run([*script, how, str(number), str(HPARAMS), *command], capture_output=True, check=False)
+        assert run.returncode == returncode, run.stderr.decode()[-2000:]
+    names = {path.name for path in (folder / "save").iterdir()}
+    assert all(name.startswith("CKPT+") for name in names), names
+
+
+# 24 mixtures in batches of 2: 12 batches and 3 checkpoints within each epoch, and one at its end.
 @pytest.mark.parametrize(
     ("moment", "number"), [("step", 2), ("step", 21), ("save", 2), ("save", 5), ("delete", 3), ("log", 2)]
 )
 def test_a_killed_run_goes_on_to_the_same_result(moment, number, whole_run, librimix, tmp_path):
-    command = arguments({**KILLED, "data_folder": librimix, "output_folder": tmp_path / "run"})
-    script = [sys.executable, str(REPOSITORY / "tests" / "killed_run.py")]
-    killed = subprocess.run([*script, moment, str(number), str(HPARAMS), *command], capture_output=True, cwd=tmp_path)
-    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
-    resumed = subprocess.run([*script, "never", "0", str(HPARAMS), *command], capture_output=True, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr.decode()[-2000:]
+    kill_and_resume(moment, number, {**KILLED, "data_folder": librimix}, tmp_path / "run")
     assert_same_run(whole_run, tmp_path / "run")
-    assert not list((tmp_path / "run" / "save").glob(".unfinished*"))
+
+
+def test_a_killed_run_keeps_its_schedule_cap_and_workers(run_recipe, librimix, tmp_path):
+    """The plateau schedule halves the rate; reordering has a cap that part of an epoch has used; readers work."""
+    options = {
+        **KILLED,
+        "data_folder": librimix,
+        "lr_schedule": "plateau",
+        "lr": 0.02,
+        "lr_patience": 0,
+        "lr_hold_epochs": 0,
+        "dsd_mode": "reorder",
+        "dsd_max_drop_rate": 0.1,
+        "dsd_patience": 0,
+        "segment_seconds": 0.05,
+        "number_of_epochs": 6,
+    }
+    run_recipe(**{**options, "output_folder": tmp_path / "whole"})
+    history = read_history(tmp_path / "whole" / "history.csv")
+    assert len({row["lr"] for row in history}) > 1
+    assert max(row["reordered_samples"] for row in history) == 2
+    kill_and_resume("step", 58, {**options, "num_workers": 2}, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_evaluated_and_exported(recipe, run_recipe, librimix, tmp_path, monkeypatch):
+    """The second epoch's learning rate undoes what the first has learned."""
+
+    def spoil(brain, batch, should_step):
+        for group in brain.optimizer.param_groups:
+            group["lr"] = 0.005 if brain.hparams.epoch_counter.current == 1 else 0.5
+
+    monkeypatch.setattr(recipe.Separation, "on_fit_batch_start", spoil)
+    run_recipe(data_folder=librimix, output_folder=tmp_path / "run")
+    history = read_history(tmp_path / "run" / "history.csv")
+    assert history[1]["valid_si_sdri"] < history[0]["valid_si_sdri"]
+    best, last = sorted(Path(tmp_path, "run", "save").glob("CKPT*"))
+    exported, of_best, of_last = (
+        torch.load(folder / "encoder.ckpt", weights_only=True)["conv1d.weight"]
+        for folder in (tmp_path / "run" / "exported", best, last)
+    )
+    assert torch.equal(exported, of_best)
+    assert not torch.equal(exported, of_last)
+
+
+def test_two_ranks_train_one_model(librimix, tmp_path):
+    """torchrun with two processes: equal weights on both, every sample in one bank, records once."""
+    overrides = {**TINY, "data_folder": librimix, "output_folder": tmp_path / "run", "batch_size": 2}
+    overrides.update(distributed_backend="gloo", ckpt_interval_minutes=0, ckpt_interval_steps=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(REPOSITORY / "tests" / "ranks_run.py"), str(HPARAMS), *arguments(overrides)]
+    run = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr.decode()[-3000:]
+    history = read_history(tmp_path / "run" / "history.csv")
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert (tmp_path / "run" / "train_log.txt").read_text().count("epoch:") == 2
+    bank = torch.load(newest(tmp_path / "run") / "memory_bank.ckpt", weights_only=True)
+    assert bank["num_visits"].tolist() == [2] * 24
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for key in ranks[0]:
+        assert torch.equal(ranks[0][key], ranks[1][key]), key
 
 
 def read_mean(output_folder):
@@ -259,3 +333,18 @@ def test_train_py_is_short_and_leaves_fit_batch_alone(recipe):
     import speechbrain as sb
 
     assert recipe.Separation.fit_batch is sb.Brain.fit_batch
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data"),
+    [
+        ({"sample_rate": 16000, "kernel_size": 32}, {"sample_rate": 16000}),
+        ({"mode": "max", "task": "mix_both"}, {"mode": "max", "noise": True}),
+    ],
+)
+def test_other_librimix_layouts(run_recipe, tmp_path, overrides, data):
+    data_folder = generate_synthetic(
+        tmp_path / "data", sets={"train-360": 6, "dev": 2, "test": 2}, max_seconds=0.6, progressbar=False, **data
+    )
+    run_recipe(data_folder=data_folder, output_folder=tmp_path / "run", number_of_epochs=1, **overrides)
+    assert np.isfinite(float(read_mean(tmp_path / "run")["si_sdri"]))

@@ -25,7 +25,7 @@ def make_history(num_epochs=5, num_blocks=2, has_valid=True, num_excluded=3):
             row[f"valid_si_sdri_block{block}"] = 0.4 * epoch * block if has_valid else math.nan
         row |= {"label_switch_rate": 0.2 if epoch > 1 else math.nan, "probe_label_switch_rate": 0.1}
         row |= {"dropped_samples": num_excluded, "reordered_samples": 2 * num_excluded}
-        row |= {f"layer_decoupling_block{block}": 0.3 for block in range(1, num_blocks)}
+        row |= {f"valid_layer_decoupling_block{block}": 0.3 for block in range(1, num_blocks)}
         history.append(row)
     return history
 

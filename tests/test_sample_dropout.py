@@ -45,7 +45,7 @@ def as_row(stored, row=0):
 def visit(stored, perm, metric, **options):
     perm, metric = torch.tensor([perm]), torch.tensor([float(metric)])
     decision = decide(stored, perm, metric, **options)
-    return decision, record(stored, decision, perm, metric)
+    return decision, record(decision, perm, metric)
 
 
 # The table of DESIGN.md, section 2: stored is always (8 dB, pi*).

@@ -53,15 +53,15 @@ def split_of(set_name):
 
 
 def share_of(split, items):
-    """The share of a list that a split owns: five of seven items for train, one each for dev and test.
+    """The share of a list that a split owns: three of five items for train, one each for dev and test.
 
     Example
     -------
-    >>> share_of("train", "abcdefgh"), share_of("dev", "abcdefgh"), share_of("test", "abcdefgh")
-    (['a', 'b', 'c', 'd', 'e', 'h'], ['f'], ['g'])
+    >>> share_of("train", "abcdefg"), share_of("dev", "abcdefg"), share_of("test", "abcdefg")
+    (['a', 'b', 'c', 'f', 'g'], ['d'], ['e'])
     """
-    owner = ("train",) * 5 + ("dev", "test")
-    return [item for rank, item in enumerate(items) if owner[rank % 7] == split]
+    owner = ("train",) * 3 + ("dev", "test")
+    return [item for rank, item in enumerate(items) if owner[rank % 5] == split]
 
 
 def read_sentences():
@@ -107,16 +107,21 @@ def draw_voices(split, num_voices, seed):
     """
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     women, men = (rng.permutation(share_of(split, variants)) for variants in (WOMEN, MEN))
+    offsets = rng.random((2, max(len(women), len(men))))
     voices = []
     for k in range(num_voices):
         rank, is_man = divmod(k, 2)
         variants = men if is_man else women
+        # Voices of one variant are spread over the range of pitch, so that they differ clearly.
+        turn, variant = divmod(rank, len(variants))
+        num_turns = -(-num_voices // (2 * len(variants)))
+        pitch = 15 + 70 * (turn + offsets[is_man, variant]) / num_turns
         voices.append(
             Voice(
                 language=str(rng.choice(LANGUAGES)),
-                variant=str(variants[rank % len(variants)]),
+                variant=str(variants[variant]),
                 rate=int(rng.integers(125, 166)),
-                pitch=int(rng.integers(15, 86)),
+                pitch=int(pitch),
                 pitch_range=int(rng.integers(30, 81)),
             )
         )

@@ -62,6 +62,12 @@ def find_mixtures(data_folder, subset, num_spks, sample_rate, mode="min", task="
     if not names:
         raise ValueError(f"{folder / task} holds no wav files.")
     for signal in signals[1:]:
+        surplus = {path.name for path in (folder / signal).glob("*.wav")}.difference(names)
+        if surplus:
+            raise ValueError(
+                f"{folder / task / min(surplus)} does not exist; {len(surplus)} of the sources in "
+                f"{folder / signal} lack their mixture."
+            )
         present = {path.name for path in (folder / signal).glob("*.wav")}
         missing = [name for name in names if name not in present]
         if missing:
@@ -99,7 +105,7 @@ def check_librimix(data_folder, train_sets, **layout):
     return [[mixture for mixtures in train for mixture in mixtures], valid, test]
 
 
-def prepare_librimix(data_folder, train_csv, valid_csv, test_csv, train_sets, **layout):
+def prepare_librimix(data_folder, train_csv, valid_csv, test_csv, train_sets, min_samples=1, **layout):
     """Write the manifests of the training, validation and test sets.
 
     Arguments
@@ -108,6 +114,8 @@ def prepare_librimix(data_folder, train_csv, valid_csv, test_csv, train_sets, **
         A ``Libri2Mix`` or ``Libri3Mix`` folder.
     train_csv, valid_csv, test_csv : str
         Where the manifests are written.
+    min_samples : int
+        The shortest mixture that is allowed.
     train_sets, **layout
         See :func:`check_librimix`.
 
@@ -119,4 +127,4 @@ def prepare_librimix(data_folder, train_csv, valid_csv, test_csv, train_sets, **
     """
     sets = check_librimix(data_folder, train_sets, **layout)
     for manifest, mixtures in zip((train_csv, valid_csv, test_csv), sets, strict=True):
-        write_manifest(manifest, mixtures, layout["sample_rate"])
+        write_manifest(manifest, mixtures, layout["sample_rate"], min_samples)

@@ -8,6 +8,7 @@ Every option stands, with its values, in hparams/sepformer_dsd.yaml.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
@@ -18,11 +19,13 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_o
 
 from dsd_modules.brain import SeparationBrain
 from dsd_modules.data.generate import generate_synthetic
-from dsd_modules.data.manifest import read_mixtures, write_manifest
+from dsd_modules.data.manifest import read_mixtures, refuse_shared_mixtures, write_manifest
 from dsd_modules.dataset import MixtureDataset
-from dsd_modules.inference import export_model, load_weights
+from dsd_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
+from dsd_modules.files import lock_folder
 from dsd_modules.losses import layerwise_loss
-from dsd_modules.options import check_options, check_resume, read_options, tidy_overrides
+from dsd_modules.model_folder import export_model, load_weights
+from dsd_modules.options import check_options, check_resume, check_run_opts, read_options, tidy_overrides
 from dsd_modules.results import finish_run
 from dsd_modules.sample_dropout import REORDER
 
@@ -51,28 +54,30 @@ class Separation(SeparationBrain):
         hparams = self.hparams
         pit = hparams.pit_loss(predictions, *self.references(batch))  # of every block at once
         supervised = pit if hparams.layerwise else pit[-1:]
-        if stage != sb.Stage.TRAIN:
-            self.track(batch, pit)
-            return layerwise_loss(supervised, layer_weights=hparams.layer_weights).loss.mean()
-
-        decision = self.visit_memory_bank(batch, pit)
-        keep, perm, action = (x.to(self.device) for x in (decision.keep, decision.perm, decision.action))
-        self.track(batch, pit, keep)
-        loss = layerwise_loss(
+        layerwise = partial(
+            layerwise_loss,
             supervised,
-            perm=perm,
-            imposed=action == REORDER,
             layer_weights=hparams.layer_weights,
             layer_permutation=hparams.layer_permutation,
-        ).loss
-        return torch.where(keep, loss, 0.0).mean()
+        )
+        measures = self.measure(batch, pit)
+        if stage != sb.Stage.TRAIN:
+            result = layerwise()
+            self.track(stage, measures, result)
+            return result.loss.mean()
+
+        decision = self.visit_memory_bank(batch, measures)
+        keep, perm, action = (x.to(self.device) for x in (decision.keep, decision.perm, decision.action))
+        result = layerwise(perm=perm, imposed=action == REORDER)
+        self.track(stage, measures, result, decision.keep)
+        return torch.where(keep, result.loss, 0.0).mean()
 
 
 def check_data(options):
     """Look for the data before anything is generated or built."""
     if options["train_manifest"]:
-        for name in ("train_manifest", "valid_manifest", "test_manifest"):
-            read_mixtures(options[name], options["num_spks"])
+        sets = [read_mixtures(options[f"{name}_manifest"], options["num_spks"]) for name in ("train", "valid", "test")]
+        refuse_shared_mixtures(sets)
     elif options["data_folder"]:
         check_librimix(options["data_folder"], **_layout(options))
 
@@ -88,7 +93,8 @@ def prepare_data(options):
     if options["train_manifest"]:
         own = [options["train_manifest"], options["valid_manifest"], options["test_manifest"]]
         for manifest, source in zip(manifests, own, strict=True):
-            write_manifest(manifest, read_mixtures(source, options["num_spks"]), options["sample_rate"])
+            mixtures = read_mixtures(source, options["num_spks"])
+            write_manifest(manifest, mixtures, options["sample_rate"], options["kernel_size"])
         return
     data_folder = options["data_folder"]
     if data_folder is None:
@@ -101,9 +107,9 @@ def prepare_data(options):
             mode=options["mode"],
             sets={**dict.fromkeys(train_sets, -(-num_train // len(train_sets))), "dev": num_valid, "test": num_test},
             noise=options["task"] == "mix_both",
-            seed=options["seed"],
+            seed=options["synthetic_seed"],
         )
-    prepare_librimix(data_folder, *manifests, **_layout(options))
+    prepare_librimix(data_folder, *manifests, min_samples=options["kernel_size"], **_layout(options))
 
 
 def make_datasets(hparams):
@@ -119,32 +125,40 @@ def make_datasets(hparams):
     return train, valid, test, probe
 
 
+def check_fit(options, hparams, train, probe):
+    """Whether the data fit the options, the checkpoint that is resumed, and the weights to start from."""
+    num_batches = -(-len(train) // options["batch_size"])
+    if num_batches < options["grad_accumulation_factor"]:
+        raise ValueError(
+            f"--grad_accumulation_factor is {options['grad_accumulation_factor']}, but an epoch has only "
+            f"{num_batches} batches: there would never be a step."
+        )
+    hparams["memory_bank"].set_samples(train.data_ids)
+    hparams["probe_bank"].set_samples(probe.data_ids if probe else [])
+    hparams["checkpointer"].check_recoverable("memory_bank")
+    if hparams["pretrained_folder"]:
+        load_weights(hparams["pretrained_folder"], hparams["modules"])
+
+
+@ends_in_one_sentence
 def main(argv):
     """The run: check, prepare, train, evaluate, export, report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    overrides = tidy_overrides(overrides)
-    try:
+    with mistakes_as_run_errors():
+        overrides = tidy_overrides(overrides)
         options = read_options(hparams_file, overrides, {name: run_opts[name] for name in run_opts.overridden_args})
         check_options(options)
+        check_run_opts(options, run_opts.device, run_opts.data_parallel_backend)
         check_resume(options)
         check_data(options)
         ddp_init_group(run_opts)
+        lock = lock_folder(options["output_folder"])  # until the end of the run
         run_on_main(prepare_data, kwargs={"options": options})
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-    with open(hparams_file, encoding="utf-8") as stream:
-        hparams = load_hyperpyyaml(stream, overrides)
+        with open(hparams_file, encoding="utf-8") as stream:
+            hparams = load_hyperpyyaml(stream, overrides)
+        train, valid, test, probe = make_datasets(hparams)
+        check_fit(options, hparams, train, probe)
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-    train, valid, test, probe = make_datasets(hparams)
-    try:
-        hparams["memory_bank"].set_samples(train.data_ids)
-        hparams["probe_bank"].set_samples(train.data_ids)
-        hparams["checkpointer"].check_recoverable("memory_bank")
-        if hparams["pretrained_folder"]:
-            load_weights(hparams["pretrained_folder"], hparams["modules"])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
     brain = Separation(
         modules=hparams["modules"],
@@ -165,8 +179,10 @@ def main(argv):
     )
     brain.evaluate(test, max_key="si_sdri", test_loader_kwargs=hparams["valid_loader_opts"])
     if if_main_process():
-        exported = export_model(Path(hparams["output_folder"]) / "exported", options, hparams["modules"])
+        folder = Path(hparams["output_folder"]) / "exported"
+        exported = export_model(folder, hparams_file, options, hparams["modules"])
         finish_run(hparams["output_folder"], exported, test)
+    del lock
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""Collectives over the ranks of a DDP run; with one process they do nothing. All ranks must call them."""
+
+import torch
+from speechbrain.utils.distributed import is_distributed_initialized
+
+
+def world_size():
+    """The number of ranks."""
+    return torch.distributed.get_world_size() if is_distributed_initialized() else 1
+
+
+def get_rank():
+    """This process's rank."""
+    return torch.distributed.get_rank() if is_distributed_initialized() else 0
+
+
+def all_reduce(tensor, operation):
+    """Reduce a CPU tensor over the ranks (``SUM``, ``MIN``, ...); NCCL wants it on the GPU meanwhile."""
+    if world_size() == 1:
+        return tensor
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    moved = tensor.to(device, copy=True)
+    torch.distributed.all_reduce(moved, getattr(torch.distributed.ReduceOp, operation))
+    return moved.cpu()
+
+
+def all_gather(thing):
+    """Every rank's (picklable) thing, in a list."""
+    if world_size() == 1:
+        return [thing]
+    ranks = [None] * world_size()
+    torch.distributed.all_gather_object(ranks, thing)
+    return ranks

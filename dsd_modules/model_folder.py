@@ -1,0 +1,437 @@
+"""The folder form of a trained model: export it, read it, start from its weights."""
+
+import copy
+import glob
+import os
+import re
+import shutil
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import torch
+import yaml
+from hyperpyyaml import resolve_references
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import TaggedScalar
+from ruamel.yaml.error import YAMLError
+from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBTransformerBlock
+
+from dsd_modules.files import flush_to_disk, write_whole
+from dsd_modules.masknet import DualPathMaskNet
+from dsd_modules.options import MODEL_OPTIONS
+from dsd_modules.separator import separate
+
+# What a folder's YAML may name, and what is built for it. Nothing else is ever imported or called.
+_CLASSES = {
+    "encoder": {"speechbrain.lobes.models.dual_path.Encoder": Encoder},
+    "masknet": {
+        "dsd_modules.masknet.DualPathMaskNet": DualPathMaskNet,
+        "speechbrain.lobes.models.dual_path.Dual_Path_Model": DualPathMaskNet,  # the same parameters
+    },
+    "decoder": {"speechbrain.lobes.models.dual_path.Decoder": Decoder},
+}
+_TRANSFORMERS = {"speechbrain.lobes.models.dual_path.SBTransformerBlock": SBTransformerBlock}
+_MODULES = tuple(_CLASSES)
+_PLAN_PREFIXES = ("!new:", "!name:")
+_PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
+}
+_HPARAMS_FILE = "hyperparams.yaml"
+_FILES = {_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)}
+_NEEDED = ("num_spks", "sample_rate", "modules")  # and what they refer to
+
+_HEADER = """\
+# SepFormer (https://arxiv.org/abs/2010.13154), exported for inference. It loads with
+# dsd_modules.inference.SepformerDSDSeparation and with speechbrain.inference.SepformerSeparation.
+
+"""
+_PRETRAINER = """
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+  loadables:
+""" + "".join(f"    {name}: !ref <modules[{name}]>\n" for name in _MODULES)
+
+
+def export_model(folder, hparams_file, options, modules):
+    """Write a trained model as a folder of SpeechBrain's published form: what inference needs, and no more.
+
+    The wiring is that of the YAML that was trained with; its paths, data and training are left out. The folder
+    appears whole or not at all. One that was exported earlier to the same place stays until the new one is
+    complete, and is then replaced.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where the folder shall be.
+    hparams_file : str or Path
+        The YAML that was trained with. It is read as text: nothing of it is run.
+    options : dict
+        The values of its top-level scalars, as :func:`dsd_modules.options.read_options` returns them.
+    modules : dict
+        ``encoder``, ``masknet`` and ``decoder`` as that YAML builds them, on any device.
+
+    Returns
+    -------
+    Path
+        The folder: ``hyperparams.yaml``, ``encoder.ckpt``, ``masknet.ckpt`` and ``decoder.ckpt``.
+
+    Raises
+    ------
+    ValueError
+        If the YAML cannot be read or wires anything but a SepFormer, an option is missing, the two do not
+        give a model that separates as the modules do, or the folder holds anything else.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from dsd_modules.options import read_options
+    >>> hparams_file = Path(__file__).parents[1] / "recipes/LibriMix/separation/hparams/sepformer_dsd.yaml"
+    >>> changes = {"num_filters": 8, "kernel_size": 4, "chunk_size": 10, "num_heads": 2, "d_ffn": 16}
+    >>> options = read_options(hparams_file, {**changes, "num_intra_layers": 1, "num_inter_layers": 1})
+    >>> transformer = {"nhead": 2, "d_ffn": 16, "use_positional_encoding": True, "norm_before": True}
+    >>> intra, inter = (SBTransformerBlock(1, 8, **transformer) for _ in range(2))
+    >>> masknet = DualPathMaskNet(8, 8, intra, inter, 2, K=10, linear_layer_after_inter_intra=False)
+    >>> modules = {"encoder": Encoder(4, 8), "masknet": masknet, "decoder": Decoder(8, 1, 4, stride=2, bias=False)}
+    >>> folder = export_model(tempfile.mkdtemp() + "/exported", hparams_file, options, modules)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['decoder.ckpt', 'encoder.ckpt', 'hyperparams.yaml', 'masknet.ckpt']
+    >>> loaded, sample_rate = read_model(folder)
+    >>> sample_rate, torch.equal(loaded["encoder"].conv1d.weight, modules["encoder"].conv1d.weight)
+    (8000, True)
+    """
+    target = Path(folder).resolve()
+    if target.exists():
+        if not target.is_dir():
+            raise ValueError(f"A model is exported to a folder, but {folder} is a file.")
+        strangers = sorted(path.name for path in target.iterdir() if path.name not in _FILES)
+        if strangers:  # replacing the folder would delete them
+            raise ValueError(
+                f"{folder} holds {strangers[0]!r}, which is no part of an exported model; give another place."
+            )
+
+    hparams = _inference_yaml(hparams_file, options)
+    states = {name: _cpu_state(modules[name]) for name in _MODULES}
+    built = _build_modules(_read_plan(hparams, hparams_file), hparams_file)
+    for name, module in built.items():
+        _fill(module, states[name], f"The options do not fit modules[{name!r}]")
+    _check_same_estimates(built, modules, hparams_file)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_siblings(target, "tmp")
+    beside, aside = (target.with_name(f".{target.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
+    try:
+        beside.mkdir()
+        with write_whole(beside / _HPARAMS_FILE) as stream:
+            stream.write(hparams)
+        for name, state in states.items():
+            with write_whole(beside / f"{name}.ckpt", "wb") as stream:
+                torch.save(state, stream)
+        flush_to_disk(beside)
+        if target.exists():
+            _remove_siblings(target, "old")
+            os.rename(target, aside)
+        os.rename(beside, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    flush_to_disk(target.parent)
+    _remove_siblings(target, "old")
+    return Path(folder)
+
+
+def read_model(folder):
+    """Build the model of a folder. No file is created, and no code of the folder is run.
+
+    Arguments
+    ---------
+    folder : str or Path
+        From :func:`export_model`, or a SepFormer in SpeechBrain's published form.
+
+    Returns
+    -------
+    modules : dict
+        ``encoder``, ``masknet`` (:class:`dsd_modules.masknet.DualPathMaskNet`) and ``decoder`` with their
+        weights, float32, on the CPU.
+    sample_rate : int
+        Of the recordings it was trained with, Hz.
+
+    Raises
+    ------
+    ValueError
+        If the folder or a file is missing, its YAML is not that of a SepFormer or asks for anything to
+        be run, or its weights do not fit.
+
+    Example
+    -------
+    >>> read_model("no/such/folder")
+    Traceback (most recent call last):
+    ValueError: The model folder no/such/folder was not found; expected a local folder with encoder.ckpt, ...
+    """
+    folder = _find_folder(folder)
+    try:
+        modules, sample_rate = _read_modules(folder)
+    except FileNotFoundError:
+        raise ValueError(f"The model folder {folder} holds no {_HPARAMS_FILE}.") from None
+    for name, module in modules.items():
+        path = folder / f"{name}.ckpt"
+        _fill(module, _read_state(path), f"{path} does not fit {_HPARAMS_FILE}")
+    return {name: module.float() for name, module in modules.items()}, sample_rate
+
+
+def load_weights(folder, modules):
+    """Start from the weights of a trained model: fine-tuning. All modules are loaded, or none is changed.
+
+    Arguments
+    ---------
+    folder : str or Path
+        From :func:`export_model`, or of SpeechBrain's published form: ``encoder.ckpt``, ``masknet.ckpt`` and
+        ``decoder.ckpt``.
+    modules : dict
+        ``encoder``, ``masknet`` and ``decoder``, on any device. Their weights are replaced.
+
+    Raises
+    ------
+    ValueError
+        If the folder or a file is missing, a file is no checkpoint, or it does not fit its module: which key
+        differs, and how.
+
+    Example
+    -------
+    >>> load_weights("no/such/folder", {})
+    Traceback (most recent call last):
+    ValueError: The model folder no/such/folder was not found; expected a local folder with encoder.ckpt, ...
+    """
+    folder = _find_folder(folder)
+    states = {name: _read_state(folder / f"{name}.ckpt") for name in _MODULES}
+    for name, state in states.items():
+        _check_state(state, modules[name], f"{folder / f'{name}.ckpt'} does not fit the model")
+    try:
+        heads = _num_heads(_read_modules(folder)[0]["masknet"])  # which no weight shows
+    except (FileNotFoundError, ValueError):
+        heads = None  # weights that came without a YAML of this form
+    if heads not in (None, _num_heads(modules["masknet"])):
+        raise ValueError(
+            f"{folder / _HPARAMS_FILE} does not fit the model: its attention layers have {heads} heads, "
+            f"but expected {_num_heads(modules['masknet'])}."
+        )
+    for name, state in states.items():
+        modules[name].load_state_dict(state)
+
+
+def _inference_yaml(hparams_file, options):
+    """The part of a training YAML that inference needs, with the values of the options, as text."""
+    try:
+        tree = YAML().load(Path(hparams_file).read_text(encoding="utf-8"))  # keeps the tags, and runs nothing
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise ValueError(f"{hparams_file} cannot be read: {error}.") from None
+    for name in _NEEDED:
+        if not isinstance(tree, dict) or name not in tree:
+            raise ValueError(f"{hparams_file} must hold the top-level key {name}.")
+    _strip_comments(tree)
+    if isinstance(tree["modules"], dict):  # what else was trained has no place in the folder
+        tree["modules"] = {name: tree["modules"].get(name) for name in _MODULES}
+    needed, waiting = set(), list(_NEEDED)
+    while waiting:
+        name = waiting.pop()
+        if name in tree and name not in needed:
+            needed.add(name)
+            tree[name] = _overridden(name, tree[name], options)
+            waiting += re.findall(r"<([^<>\[.]+)", _dump({name: tree[name]}))
+    return _HEADER + _dump({name: value for name, value in tree.items() if name in needed}) + _PRETRAINER
+
+
+def _overridden(name, value, options):
+    """The value of a top-level key in this run: that of the options, where it is a scalar."""
+    if name in MODEL_OPTIONS and type(options.get(name)) is not int:
+        raise ValueError(f"The option {name} must be a whole number, but got {options.get(name)!r}.")
+    if isinstance(value, dict | list):
+        return value
+    if isinstance(value, TaggedScalar) and options.get(name) is None:  # a !ref to what is no scalar
+        return value
+    if name not in options:
+        raise ValueError(f"The option {name} of the YAML is missing.")
+    return options[name]
+
+
+def _dump(tree):
+    stream = StringIO()
+    YAML().dump(tree, stream)
+    return stream.getvalue()
+
+
+def _strip_comments(tree):
+    """Remove the comments of a YAML: they tell of training, and may name other keys."""
+    if hasattr(tree, "ca"):
+        tree.ca.items.clear()
+        tree.ca.comment, tree.ca.end = None, []
+    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        _strip_comments(child)
+
+
+def _check_same_estimates(built, modules, hparams_file):
+    """Refuse a model that separates differently from the trained modules of equal weights.
+
+    Weights do not show all of the wiring: not the activation, the number of heads or the chunk length.
+    """
+    trained = {name: copy.deepcopy(modules[name]).cpu() for name in _MODULES}  # their mode and device stay
+    num_samples = 4000 + trained["encoder"].conv1d.kernel_size[0]
+    mixture = torch.arange(num_samples).remainder(37)[None] / 37 - 0.5  # [1, T], any will do
+    with torch.no_grad():
+        ours, theirs = (
+            separate(**{name: module.eval() for name, module in model.items()}, mixture=mixture)  # [1, N, T]
+            for model in (built, trained)
+        )
+    if (ours - theirs).abs().max() > 1e-4 * theirs.abs().max():
+        raise ValueError(f"{hparams_file} and the options do not fit the modules: they separate differently.")
+
+
+class _Plan:
+    """What a ``!new:`` or ``!name:`` of a YAML asks for, as plain data."""
+
+    def __init__(self, tag, arguments):
+        self.tag, self.arguments = tag, arguments
+
+
+class _PlanLoader(yaml.SafeLoader):
+    """Reads a resolved HyperPyYAML text without importing or calling anything."""
+
+
+def _construct_plan(prefix, loader, suffix, node):
+    tag = prefix + suffix
+    if isinstance(node, yaml.MappingNode):
+        return _Plan(tag, loader.construct_mapping(node, deep=True))
+    return _Plan(tag, None if isinstance(node, yaml.SequenceNode) else {})
+
+
+for _prefix in _PLAN_PREFIXES:
+    _PlanLoader.add_multi_constructor(_prefix, partial(_construct_plan, _prefix))
+
+
+def _read_plan(text, where):
+    """The top level of a HyperPyYAML text as plain data, with a :class:`_Plan` for what it would build."""
+    try:
+        # The parser that resolve_references uses, so that both see the same tags: it would open the files of
+        # !include: and call the functions of !applyref:.
+        for tag in _tags(YAML().compose(text)):
+            if not tag.startswith(_PLAN_PREFIXES) and tag not in ("!ref", "!copy", *_PLAIN_TAGS):
+                raise ValueError(f"the tag {tag} is not allowed in a model folder")
+        plan = yaml.load(resolve_references(text), Loader=_PlanLoader)
+    except Exception as error:  # a text from anywhere can fail in any way
+        raise ValueError(f"{where} cannot be read: {error}.") from None
+    if not isinstance(plan, dict) or not isinstance(plan.get("modules"), dict):
+        raise ValueError(f"{where} must hold a mapping `modules` with {', '.join(_MODULES)}.")
+    return plan
+
+
+def _tags(node):
+    """The tag of every node."""
+    seen, nodes = set(), [node]
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield str(node.tag)
+        if isinstance(node.value, list):
+            for child in node.value:
+                nodes.extend(child if isinstance(child, tuple) else (child,))
+
+
+def _build_modules(plan, where):
+    """The three modules that the YAML's ``modules`` name, without weights: on torch's meta device."""
+    with torch.device("meta"):  # takes no memory, time or random numbers
+        return {
+            name: _build(plan["modules"].get(name), classes, f"{where}: {name}") for name, classes in _CLASSES.items()
+        }
+
+
+def _build(plan, classes, where):
+    """Build what a plan asks for, if it is one of the classes."""
+    allowed = [f"!new:{path}" for path in classes]
+    tag = plan.tag if isinstance(plan, _Plan) else plan
+    if tag not in allowed:
+        raise ValueError(f"{where} can only be {' or '.join(allowed)}, but got {tag!r}.")
+    if plan.arguments is None:
+        raise ValueError(f"{where} must give the arguments of {tag} by name.")
+    arguments = dict(plan.arguments)
+    for name in ("intra_model", "inter_model"):
+        if name in arguments:
+            arguments[name] = _build(arguments[name], _TRANSFORMERS, f"{where}.{name}")
+        elif classes is _CLASSES["masknet"]:
+            raise ValueError(f"{where} must give {name}.")
+    try:
+        return classes[tag.removeprefix("!new:")](**arguments)
+    except Exception as error:  # the arguments may be anything
+        raise ValueError(f"{where} cannot be built: {error}") from None
+
+
+def _read_modules(folder):
+    """The modules of a folder without weights, and its sample rate."""
+    path = folder / _HPARAMS_FILE
+    plan = _read_plan(path.read_bytes(), path)
+    sample_rate = plan.get("sample_rate", 8000)  # old published folders do not tell it
+    if type(sample_rate) is not int or sample_rate < 1:
+        raise ValueError(f"{path}: sample_rate must be a whole number of Hz, but got {sample_rate!r}.")
+    return _build_modules(plan, path), sample_rate
+
+
+def _find_folder(folder):
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"The model folder {folder} was not found; expected a local folder with "
+            f"{', '.join(f'{name}.ckpt' for name in _MODULES)} and {_HPARAMS_FILE}."
+        )
+    return Path(folder)
+
+
+def _read_state(path):
+    """The tensors of a checkpoint by name. Nothing but tensors is unpickled."""
+    if not path.is_file():
+        raise ValueError(f"The model folder {path.parent} holds no {path.name}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no checkpoint of weights alone: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no checkpoint: expected tensors by name, but got {type(state).__name__}.")
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} holds weights that are NaN or infinite, first in {key}.")
+    return state
+
+
+def _check_state(state, module, fault):
+    """Refuse tensors that are not exactly a module's, naming the first one that differs."""
+    expected = module.state_dict()
+    for key, tensor in expected.items():
+        if key not in state:
+            raise ValueError(f"{fault}: it lacks {key} {list(tensor.shape)}.")
+        if state[key].shape != tensor.shape:
+            raise ValueError(f"{fault}: {key} has shape {list(state[key].shape)}, but expected {list(tensor.shape)}.")
+    for key, tensor in state.items():
+        if key not in expected:
+            raise ValueError(f"{fault}: it holds {key} {list(tensor.shape)}, which is not expected.")
+
+
+def _fill(module, state, fault):
+    """Give a module that was built without memory its weights."""
+    _check_state(state, module, fault)
+    module.load_state_dict(state, assign=True)
+
+
+def _cpu_state(module):
+    return {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
+
+
+def _num_heads(masknet):
+    heads = {m.num_heads for m in masknet.modules() if isinstance(m, torch.nn.MultiheadAttention)}
+    return " and ".join(map(str, sorted(heads)))
+
+
+def _remove_siblings(target, ending):
+    """Remove the temporary folders that this export, or a killed one, left beside the target."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.{ending}"):
+        shutil.rmtree(path, ignore_errors=True)
