@@ -11,10 +11,11 @@ DEMO_FOLDER ?= results/demo
 # The whole difference between the demo and the full-size recipe.
 DEMO_OVERRIDES := \
 	--output_folder $(DEMO_FOLDER) \
-	--number_of_epochs 10 --batch_size 4 --segment_seconds 2 \
-	--lr 0.002 --lr_schedule linear --lr_warmup 0.05 \
+	--synthetic_sizes [1200,40,100] --probe_size 32 \
+	--number_of_epochs 8 --batch_size 1 --segment_seconds 2 \
+	--lr 0.0012 --lr_schedule linear --lr_warmup 0.05 \
 	--num_filters 64 --kernel_size 32 --chunk_size 50 --num_blocks 2 \
-	--num_intra_layers 1 --num_inter_layers 1 --num_heads 4 --d_ffn 128 \
+	--num_intra_layers 1 --num_inter_layers 1 --num_heads 2 --d_ffn 128 \
 	--num_workers 0
 
 .PHONY: setup demo test lint clean

@@ -205,9 +205,12 @@ class DualPathMaskNet(Dual_Path_Model):
 
     def _output_head(self, x, gap, frame_mask):
         """Masks [spks, B, N, F] from a block's output [B, N, K, S]."""
-        x = self.conv2d(self.prelu(x))  # [B, N*spks, K, S]
-        B, _, K, S = x.shape
-        x = self._over_add(x.reshape(B * self.num_spks, -1, K, S), gap)  # [B*spks, N, F]
+        x = self._over_add(self.prelu(x), gap)  # [B, N, F]
+        # A 1x1 convolution commutes with overlap-add, behind which it has half the frames. Each lies in two chunks,
+        # so the bias counts twice.
+        x = F.conv1d(x, self.conv2d.weight.squeeze(-1), 2 * self.conv2d.bias)  # [B, N*spks, F]
+        B, _, num_frames = x.shape
+        x = x.view(B * self.num_spks, -1, num_frames)  # [B*spks, N, F]
         x = self.end_conv1x1(self.output(x) * self.output_gate(x))  # [B*spks, N, F]
         masks = self.activation(x).view(B, self.num_spks, *x.shape[1:]).transpose(0, 1)  # [spks, B, N, F]
         return masks if frame_mask is None else masks.masked_fill(~frame_mask, 0)
@@ -254,29 +257,27 @@ class DualPathBlock(Dual_Computation_Block):
             [B, N, K, S].
         """
         B, N, K, S = x.shape
-        norm_mask = attention_mask = None
+        intra_mask = inter_mask = attention_mask = None
         if chunk_mask is not None:
-            norm_mask = chunk_mask[:, None, None, :]  # [B, 1, 1, S]
+            intra_mask, inter_mask = chunk_mask[:, :, None, None], chunk_mask[:, None, :, None]
             attention_mask = chunk_mask.repeat_interleave(K, dim=0)[:, None, None, :]  # [B*K, 1, 1, S]
 
-        intra = x.permute(0, 3, 2, 1).reshape(B * S, K, N)  # [B*S, K, N]
-        intra = _transformer(self.intra_mdl, intra)
+        x = x.permute(0, 3, 2, 1)  # [B, S, K, N], which is how a block leaves its output in memory
+        intra = _transformer(self.intra_mdl, x.reshape(B * S, K, N)).view(B, S, K, N)
         if self.linear_layer_after_inter_intra:
             intra = self.intra_linear(intra)
-        intra = intra.view(B, S, K, N).permute(0, 3, 2, 1)  # [B, N, K, S]
         if self.norm is not None:
-            intra = _normalize(self.intra_norm, intra, norm_mask)
+            intra = _normalize_channels_last(self.intra_norm, intra, intra_mask)
         if self.skip_around_intra:
             intra = intra + x
 
-        inter = intra.permute(0, 2, 3, 1).reshape(B * K, S, N)  # [B*K, S, N]
-        inter = _transformer(self.inter_mdl, inter, attention_mask)
+        inter = intra.transpose(1, 2).reshape(B * K, S, N)
+        inter = _transformer(self.inter_mdl, inter, attention_mask).view(B, K, S, N)
         if self.linear_layer_after_inter_intra:
             inter = self.inter_linear(inter)
-        inter = inter.view(B, K, S, N).permute(0, 3, 1, 2)  # [B, N, K, S]
         if self.norm is not None:
-            inter = _normalize(self.inter_norm, inter, norm_mask)
-        return inter + intra
+            inter = _normalize_channels_last(self.inter_norm, inter, inter_mask)
+        return (intra + inter.transpose(1, 2)).permute(0, 3, 2, 1)  # [B, N, K, S]
 
 
 def _check_transformer(model):
@@ -311,6 +312,15 @@ def _normalize(norm, x, mask=None):
     shape = (-1,) + (1,) * (x.dim() - 2)  # of the channels
     scale = torch.rsqrt(variance + norm.eps) * norm.weight.view(shape)  # [B, N, 1, ...]
     return centered * scale + norm.bias.view(shape)
+
+
+def _normalize_channels_last(norm, x, mask=None):
+    """:func:`_normalize` for x [B, ..., N], without moving the channels where the norm allows."""
+    if mask is not None or not isinstance(norm, torch.nn.GroupNorm):
+        mask = None if mask is None else mask.movedim(-1, 1)
+        return _normalize(norm, x.movedim(-1, 1), mask).movedim(1, -1)
+    x = x.to(torch.promote_types(x.dtype, norm.weight.dtype))
+    return torch.addcmul(norm.bias, F.layer_norm(x, x.shape[1:], eps=norm.eps), norm.weight)
 
 
 def _transformer(model, x, attention_mask=None):

@@ -86,8 +86,9 @@ def export_model(folder, hparams_file, options, modules):
     >>> import tempfile
     >>> from dsd_modules.options import read_options
     >>> hparams_file = Path(__file__).parents[1] / "recipes/LibriMix/separation/hparams/sepformer_dsd.yaml"
-    >>> changes = {"num_filters": 8, "kernel_size": 4, "chunk_size": 10, "num_heads": 2, "d_ffn": 16}
-    >>> options = read_options(hparams_file, {**changes, "num_intra_layers": 1, "num_inter_layers": 1})
+    >>> changes = ["num_filters: 8", "kernel_size: 4", "chunk_size: 10", "num_heads: 2", "d_ffn: 16"]
+    >>> changes += ["num_intra_layers: 1", "num_inter_layers: 1"]
+    >>> _, options = read_options(hparams_file, chr(10).join(changes))
     >>> transformer = {"nhead": 2, "d_ffn": 16, "use_positional_encoding": True, "norm_before": True}
     >>> intra, inter = (SBTransformerBlock(1, 8, **transformer) for _ in range(2))
     >>> masknet = DualPathMaskNet(8, 8, intra, inter, 2, K=10, linear_layer_after_inter_intra=False)

@@ -160,13 +160,15 @@ def read_options(hparams_file, overrides="", run_opts=None):
     hparams_file : str
         The YAML.
     overrides : str
-        As SpeechBrain's ``parse_arguments`` returns them, after :func:`tidy_overrides`.
+        As SpeechBrain's ``parse_arguments`` returns them.
     run_opts : dict, optional
         SpeechBrain's own options that were given on the command line; those that stand in the YAML too replace them.
 
     Returns
     -------
-    dict
+    overrides : str
+        All of them, as HyperPyYAML takes them.
+    options : dict
 
     Raises
     ------
@@ -179,8 +181,9 @@ def read_options(hparams_file, overrides="", run_opts=None):
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"The hyper-parameter file {hparams_file} cannot be read: {reason}.") from None
+    overrides = tidy_overrides(overrides)
     try:
-        given = yaml.safe_load(overrides) or {} if isinstance(overrides, str) else dict(overrides)
+        given = yaml.safe_load(overrides) or {}
         if not isinstance(given, dict):
             raise ValueError
         names = set(yaml.load(text, Loader=_PlainLoader))
@@ -191,11 +194,13 @@ def read_options(hparams_file, overrides="", run_opts=None):
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean --{close[0]}?" if close else f"; its options stand in {hparams_file}."
             raise ValueError(f"There is no option --{name}{hint}")
+    for name, value in (run_opts or {}).items():
+        if name in names:  # so that the run's record tells them
+            overrides += f"\n{name}: {value}"
     try:
-        options = yaml.load(resolve_references(text, overrides or None), Loader=_PlainLoader)
+        return overrides, yaml.load(resolve_references(text, overrides or None), Loader=_PlainLoader)
     except (ArithmeticError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"The options of {hparams_file} cannot be resolved: {error}.") from None
-    return {**options, **{name: value for name, value in (run_opts or {}).items() if name in options}}
 
 
 def check_options(options):
@@ -286,7 +291,7 @@ def check_resume(options):
     checkpoints = sorted(Path(options["save_folder"]).glob("CKPT*/CKPT.yaml"), key=lambda path: path.stat().st_mtime)
     earlier_file = Path(options["output_folder"]) / "hyperparams.yaml"
     try:
-        meta, earlier = yaml.safe_load(checkpoints[-1].read_text()), read_options(earlier_file)
+        meta, earlier = yaml.safe_load(checkpoints[-1].read_text()), read_options(earlier_file)[1]
     except (IndexError, OSError, ValueError, yaml.YAMLError):
         return  # nothing to resume, or the file was cut off by a kill
     names = (*MODEL_OPTIONS, *_RUN_OPTIONS, *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS))

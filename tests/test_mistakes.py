@@ -131,7 +131,7 @@ def test_a_resume_on_other_data_or_with_another_model(recipe, run_recipe, librim
 
 def test_every_option_of_the_yaml_is_checked_and_explained():
     """Each plain top-level key has a check and a comment with its values; no check is for a key that is not there."""
-    options = read_options(HPARAMS)
+    _, options = read_options(HPARAMS)
     text = Path(HPARAMS).read_text()
     derived = set()
     plain = {name for name, value in options.items() if isinstance(value, str | int | float | list)}

@@ -18,6 +18,7 @@ from dsd_modules.options import read_options
 from dsd_modules.separator import separate
 
 OPTIONS = {
+    "dropout": 0.0,
     "num_spks": 2,
     "sample_rate": 8000,
     "num_filters": 16,
@@ -216,7 +217,8 @@ INTRA = "intra_model: !new:speechbrain.lobes.models.dual_path.SBTransformerBlock
 )
 def test_an_edited_wiring_is_exported_as_edited(tmp_path, old, new, expected):
     modules = edit_recipe(tmp_path / "edited.yaml", old, new)
-    options = read_options(tmp_path / "edited.yaml", OPTIONS)
+    overrides = "\n".join(f"{name}: {value}" for name, value in OPTIONS.items())
+    _, options = read_options(tmp_path / "edited.yaml", overrides)
     folder = export_model(tmp_path / "exported", tmp_path / "edited.yaml", options, modules)
     text = (folder / "hyperparams.yaml").read_text()
     assert expected in text

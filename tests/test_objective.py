@@ -19,7 +19,8 @@ def make_brain(recipe, librimix, tmp_path):
     def make(**overrides):
         given = {**TINY, "data_folder": librimix, "output_folder": tmp_path / "run", **overrides}
         _, run_opts, text = sb.parse_arguments([str(HPARAMS), *arguments(given)])
-        recipe.prepare_data(recipe.read_options(HPARAMS, text))
+        text, options = recipe.read_options(HPARAMS, text)
+        recipe.prepare_data(options)
         with open(HPARAMS, encoding="utf-8") as stream:
             hparams = load_hyperpyyaml(stream, text)
         train = MixtureDataset(hparams["train_csv"], 8000)

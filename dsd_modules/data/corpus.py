@@ -53,15 +53,15 @@ def split_of(set_name):
 
 
 def share_of(split, items):
-    """The share of a list that a split owns: three of five items for train, one each for dev and test.
+    """The share of a list that a split owns: five of seven items for train, one each for dev and test.
 
     Example
     -------
-    >>> share_of("train", "abcdefg"), share_of("dev", "abcdefg"), share_of("test", "abcdefg")
-    (['a', 'b', 'c', 'f', 'g'], ['d'], ['e'])
+    >>> share_of("train", "abcdefgh"), share_of("dev", "abcdefgh"), share_of("test", "abcdefgh")
+    (['a', 'b', 'c', 'd', 'e', 'h'], ['f'], ['g'])
     """
-    owner = ("train",) * 3 + ("dev", "test")
-    return [item for rank, item in enumerate(items) if owner[rank % 5] == split]
+    owner = ("train",) * 5 + ("dev", "test")
+    return [item for rank, item in enumerate(items) if owner[rank % 7] == split]
 
 
 def read_sentences():
@@ -112,10 +112,11 @@ def draw_voices(split, num_voices, seed):
     for k in range(num_voices):
         rank, is_man = divmod(k, 2)
         variants = men if is_man else women
-        # Voices of one variant are spread over the range of pitch, so that they differ clearly.
+        # Women's voices are the higher ones; those of one variant are spread over the range, to differ clearly.
         turn, variant = divmod(rank, len(variants))
         num_turns = -(-num_voices // (2 * len(variants)))
-        pitch = 15 + 70 * (turn + offsets[is_man, variant]) / num_turns
+        lowest = 5 if is_man else 45
+        pitch = lowest + 50 * (turn + offsets[is_man, variant]) / num_turns
         voices.append(
             Voice(
                 language=str(rng.choice(LANGUAGES)),

@@ -30,7 +30,7 @@ from dsd_modules.data.librimix import MixSettings, import_pyloudnorm, mix_set, r
 GENERATOR_VERSION = 3  # raise it whenever the same settings give other bytes
 
 _SETS = {"train-360": 1200, "dev": 100, "test": 100}
-_NUM_VOICES = {"train": 96, "dev": 16, "test": 16}
+_NUM_VOICES = {"train": 192, "dev": 16, "test": 16}
 _MAX_UTTERANCES = 10  # per voice
 
 
@@ -63,7 +63,7 @@ def generate_synthetic(
         From a set's name to its number of mixtures; default ``{"train-360": 1200, "dev": 100, "test": 100}``.
         Sets named ``dev*`` and ``test*`` have speakers, voices and sentences of their own.
     num_voices : dict, optional
-        From a split (``train``, ``dev``, ``test``) to its number of speakers; default 96, 16 and 16, and fewer
+        From a split (``train``, ``dev``, ``test``) to its number of speakers; default 192, 16 and 16, and fewer
         where there are fewer sources than that.
     seed : int
         Seed of everything that is drawn.

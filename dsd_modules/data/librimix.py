@@ -28,13 +28,17 @@ _MIN_SECONDS = 0.4  # the block that loudness is measured in
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording of a corpus: its name, who speaks, the path as the csv has it, the file, the words."""
+    """One recording of a corpus: its name, who speaks, the path as the csv has it, the file, the words.
+
+    Recordings of one ``voice`` never meet in a mixture; by default a voice is a speaker.
+    """
 
     id: str
     speaker: str
     path: str
     file: Path
     text: str = ""
+    voice: str = ""
 
 
 @dataclass
@@ -98,7 +102,8 @@ def read_corpus(csv_path):
     ---------
     csv_path : str or Path
         A csv with at least the columns ``id``, ``speaker`` and ``path`` (relative to the csv's folder, or
-        absolute), and perhaps ``text``.
+        absolute), and perhaps ``text``, and ``variant``: speakers of one (synthetic) variant sound alike, and
+        never meet in a mixture.
 
     Returns
     -------
@@ -142,7 +147,9 @@ def read_corpus(csv_path):
         file = csv_path.parent / row["path"]
         if not file.is_file():
             raise ValueError(f"{file}, listed in {csv_path}, does not exist")
-        utterances[row["id"]] = Utterance(row["id"], row["speaker"], row["path"], file, row.get("text") or "")
+        utterances[row["id"]] = Utterance(
+            row["id"], row["speaker"], row["path"], file, row.get("text") or "", row.get("variant") or row["speaker"]
+        )
     return [utterances[name] for name in sorted(utterances)]
 
 
@@ -258,7 +265,7 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
     seeds = [settings.seed, zlib.crc32(set_name.encode())]
     try:
         groups = draw_groups(
-            [utterance.speaker for utterance in utterances],
+            [utterance.voice or utterance.speaker for utterance in utterances],
             num_mixtures,
             n,
             np.random.default_rng(seeds),

@@ -25,7 +25,7 @@ from dsd_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
 from dsd_modules.files import lock_folder
 from dsd_modules.losses import layerwise_loss
 from dsd_modules.model_folder import export_model, load_weights
-from dsd_modules.options import check_options, check_resume, check_run_opts, read_options, tidy_overrides
+from dsd_modules.options import check_options, check_resume, check_run_opts, read_options
 from dsd_modules.results import finish_run
 from dsd_modules.sample_dropout import REORDER
 
@@ -145,8 +145,8 @@ def main(argv):
     """The run: check, prepare, train, evaluate, export, report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     with mistakes_as_run_errors():
-        overrides = tidy_overrides(overrides)
-        options = read_options(hparams_file, overrides, {name: run_opts[name] for name in run_opts.overridden_args})
+        given = {name: run_opts[name] for name in run_opts.overridden_args}
+        overrides, options = read_options(hparams_file, overrides, given)
         check_options(options)
         check_run_opts(options, run_opts.device, run_opts.data_parallel_backend)
         check_resume(options)
