@@ -12,7 +12,7 @@ DEMO_FOLDER ?= results/demo
 DEMO_OVERRIDES := \
 	--output_folder $(DEMO_FOLDER) \
 	--synthetic_sizes [1200,40,100] --probe_size 32 \
-	--number_of_epochs 8 --batch_size 1 --segment_seconds 2 \
+	--number_of_epochs 7 --batch_size 1 --segment_seconds 2 \
 	--lr 0.0012 --lr_schedule linear --lr_warmup 0.05 \
 	--num_filters 64 --kernel_size 32 --chunk_size 50 --num_blocks 2 \
 	--num_intra_layers 1 --num_inter_layers 1 --num_heads 2 --d_ffn 128 \
