@@ -9,6 +9,9 @@ import pytest
 import soundfile
 import torch
 
+# Scripts that tests start.
+collect_ignore = ["killed_run.py", "ranks_run.py"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "recipes" / "LibriMix" / "separation"
 HPARAMS = RECIPE / "hparams" / "sepformer_dsd.yaml"

@@ -470,5 +470,5 @@ def test_decision_of_a_batch_equals_its_items_alone():
     for b in range(size):
         alone = Entries(*(getattr(stored, field.name)[b : b + 1] for field in fields(Entries)))
         decision = decide(alone, perms[2][b : b + 1], metric[b : b + 1], "reorder", 0.25, 2)
-        for field in fields(Decision):
+        for field in (field for field in fields(Decision) if field.name != "stored"):
             assert torch.equal(getattr(together, field.name)[b : b + 1], getattr(decision, field.name)), field.name
