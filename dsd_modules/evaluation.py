@@ -16,6 +16,7 @@ from dsd_modules.permutation import reorder_estimates, solve_assignment
 
 # Scores lie within +-100 dB: a perfect estimate would have an infinite one.
 _BOUND_DB = 100.0
+_PERFECT_DB = 60.0
 # Added to the references' autocorrelation, whose energy is one: narrow-band references stay solvable.
 _LOAD_DIAG = 1e-10
 
@@ -33,10 +34,11 @@ def _si_sdr(est, ref):
     return _bounded(torch.where(est.any(-1), scores, -_BOUND_DB))
 
 
-def _sdr(est, ref):
-    """SDR of signals without padding, ``[..., T]`` each."""
+def _sdr(est, ref, si_sdr):
+    """SDR of signals without padding, ``[..., T]`` each. NaN where it cannot be solved, unless SI-SDR is perfect."""
     est, ref = torch.broadcast_tensors(est, ref)
-    return _bounded(signal_distortion_ratio(est, ref, load_diag=_LOAD_DIAG))
+    scores = signal_distortion_ratio(est, ref, load_diag=_LOAD_DIAG)
+    return torch.where(scores.isnan() & (si_sdr < _PERFECT_DB), torch.nan, _bounded(scores))
 
 
 @torch.no_grad()
@@ -113,8 +115,8 @@ def score_batch(est, ref, mixture, lengths=None):
 
     si_sdr = _si_sdr(zero_mean(est), zero_mean(ref))  # (L, B, N)
     mixture_si_sdr = _si_sdr(zero_mean(mixture), zero_mean(ref))  # (B, N)
-    sdr = _sdr(est[-1], ref)  # (B, N)
-    mixture_sdr = _sdr(mixture, ref)
+    sdr = _sdr(est[-1], ref, si_sdr[-1])  # (B, N)
+    mixture_sdr = _sdr(mixture, ref, mixture_si_sdr)
 
     silent = is_silent(ref, lengths)
     separated = silent | (mixture_si_sdr >= _BOUND_DB)
