@@ -155,14 +155,15 @@ class SeparationBrain(sb.Brain):
             Boolean ``[B]``: the samples that are not dropped. The losses are averaged over these alone, so that
             runs which drop and runs which do not can be compared.
         """
-        add = partial(self._add, stage.name.lower(), ~measures.is_silent)
-        losses, keep = layerwise.loss.detach().cpu(), slice(None) if keep is None else keep
-        self._add(stage.name.lower(), keep, "loss", losses)
+        add_loss = partial(self._add, stage, slice(None) if keep is None else keep)
+        add = partial(self._add, stage, ~measures.is_silent)
+        last = self.hparams.num_blocks
+        add_loss("loss", layerwise.loss.detach().cpu())
+        block_losses = layerwise.block_losses.detach().cpu()  # (L, B)
+        for block, losses in enumerate(block_losses, last - len(block_losses) + 1):
+            add_loss(f"loss_block{block}", losses)
         add("si_sdr", measures.si_sdr[-1])
         add("si_sdri", measures.si_sdri[-1])
-        last = self.hparams.num_blocks
-        for block, losses in enumerate(layerwise.block_losses.detach().cpu(), last - len(layerwise.block_losses) + 1):
-            self._add(stage.name.lower(), keep, f"loss_block{block}", losses)
         for index, block in enumerate(range(last - len(measures.si_sdr) + 1, last + 1)):
             add(f"si_sdr_block{block}", measures.si_sdr[index])
             add(f"si_sdri_block{block}", measures.si_sdri[index])
@@ -173,7 +174,7 @@ class SeparationBrain(sb.Brain):
             add("margin", measures.margin, keep_values=True)
 
     def _add(self, stage, rows, name, values, **kwargs):
-        self.hparams.epoch_tracker.add(f"{stage}/{name}", values[rows], **kwargs)
+        self.hparams.epoch_tracker.add(f"{stage.name.lower()}/{name}", values[rows], **kwargs)
 
     def on_fit_batch_start(self, batch, should_step):
         """Set the learning rate of the coming step."""

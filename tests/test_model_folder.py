@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import HPARAMS
+from conftest import HPARAMS, TINY_MODEL
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from speechbrain.inference.separation import SepformerSeparation
@@ -17,19 +17,7 @@ from dsd_modules.model_folder import export_model, load_weights
 from dsd_modules.options import read_options
 from dsd_modules.separator import separate
 
-OPTIONS = {
-    "dropout": 0.0,
-    "num_spks": 2,
-    "sample_rate": 8000,
-    "num_filters": 16,
-    "kernel_size": 16,
-    "chunk_size": 20,
-    "num_blocks": 2,
-    "num_intra_layers": 1,
-    "num_inter_layers": 1,
-    "num_heads": 2,
-    "d_ffn": 32,
-}
+OPTIONS = {**TINY_MODEL, "num_spks": 2, "sample_rate": 8000, "dropout": 0.0, "d_ffn": 32}
 
 # The recipe's model alone, without its data and training.
 RECIPE = HPARAMS.read_text(encoding="utf-8")
