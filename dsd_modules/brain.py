@@ -1,5 +1,6 @@
 """The Brain of a separation recipe: forward, stages and records. The recipe adds ``compute_objectives``."""
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class SeparationBrain(sb.Brain):
         # A generator of its own: the loader's draws would move the global one, which a resume restores.
         loader = super().make_dataloader(dataset, stage, ckpt_prefix, generator=torch.Generator(), **loader_kwargs)
         if stage == sb.Stage.TRAIN:
-            self.num_steps = len(loader) // self.grad_accumulation_factor * self.hparams.epoch_counter.limit
+            self.steps_per_epoch = len(loader) // self.grad_accumulation_factor
         return loader
 
     def on_fit_start(self):
@@ -67,6 +68,9 @@ class SeparationBrain(sb.Brain):
             for recoverable in self.checkpointer.recoverables.values():
                 if hasattr(recoverable, "rewind"):
                     recoverable.rewind()
+        if self.hparams.memory_bank.restart_epoch is not None:
+            # Of the modules as they were built: DDP and compile, which come below, share their weights.
+            self.initial_weights = {n: copy.deepcopy(m.state_dict()) for n, m in self.hparams.modules.items()}
         super().on_fit_start()
         self.tensorboard = self.hparams.tensorboard_logger(first_epoch=self.hparams.epoch_counter.current + 1)
 
@@ -179,7 +183,16 @@ class SeparationBrain(sb.Brain):
     def on_fit_batch_start(self, batch, should_step):
         """Set the learning rate of the coming step."""
         if should_step:
-            self.hparams.lr_scheduler.on_step(self.optimizer, self.optimizer_step / self.num_steps)
+            self.hparams.lr_scheduler.on_step(self.optimizer, self._progress())
+
+    def _progress(self):
+        """The share of the steps that are done: of all of them, or of those before or after a restart."""
+        restart_epoch, last = self.hparams.memory_bank.restart_epoch, self.hparams.epoch_counter.limit
+        first = 1 if restart_epoch is None or self.hparams.memory_bank.epoch < restart_epoch else restart_epoch
+        if restart_epoch is not None and first < restart_epoch:
+            last = min(last, restart_epoch - 1)
+        num_done = self.optimizer_step - (first - 1) * self.steps_per_epoch
+        return num_done / ((last - first + 1) * self.steps_per_epoch)
 
     def check_loss_isfinite(self, loss):
         """SpeechBrain's check, with a sentence for the user."""
@@ -199,6 +212,10 @@ class SeparationBrain(sb.Brain):
             self.stage_start = float("nan") if is_resumed else time.time()
             self.hparams.memory_bank.start_epoch(epoch)
             self.hparams.epoch_tracker.start_epoch(epoch)
+            if epoch == self.hparams.memory_bank.restart_epoch and not is_resumed:
+                for name, weights in self.initial_weights.items():
+                    self.hparams.modules[name].load_state_dict(weights)
+                self.optimizer.state.clear()
         interval = self.hparams.examples_interval
         self.wants_examples = stage == sb.Stage.VALID and interval > 0 and epoch % interval == 0
         self.examples, self.test_ids, self.test_rows = [], [], []

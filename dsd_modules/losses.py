@@ -1,10 +1,11 @@
 """Permutation-invariant and layer-wise losses on SI-SDR. Losses are negative SI-SDR in dB."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from dsd_modules.permutation import solve_assignment
+from dsd_modules.permutation import MAX_EXHAUSTIVE_SPKS, permutation_losses, solve_assignment
 
 LAYER_WEIGHTS = ("uniform", "ramp")
 LAYER_PERMUTATIONS = ("shared", "independent")
@@ -232,6 +233,46 @@ def assigned_loss(loss_matrix, perm):
     return loss_matrix.gather(-1, perm.unsqueeze(-1)).squeeze(-1).mean(-1)
 
 
+def soft_minimum_loss(loss_matrix, gamma_db):
+    """The soft minimum over all assignments, the loss of probabilistic PIT (Yousefi et al. 2019).
+
+    ``-gamma log mean_pi exp(-loss_pi / gamma)``: every assignment has a share in the gradient, the better ones a
+    larger one, so that no label switches at once. It goes to PIT's minimum as gamma goes to zero, and to the mean over
+    the assignments as gamma grows. That the losses of an assignment are means over its speakers in dB is this
+    project's reading.
+
+    Arguments
+    ---------
+    loss_matrix : torch.Tensor
+        ``[..., N_ref, N_est]`` in dB, at most 5 speakers.
+    gamma_db : float
+        The softness, dB, above 0.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[...]`` in dB.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not square or has more than 5 speakers, or gamma is not above 0.
+
+    Example
+    -------
+    >>> matrix = torch.tensor([[[-9.0, 0.0], [1.0, -7.0]]])
+    >>> soft_minimum_loss(matrix, 0.1), soft_minimum_loss(matrix, 1e4)
+    (tensor([-7.9307]), tensor([-3.7503]))
+    """
+    if not gamma_db > 0:
+        raise ValueError(f"gamma_db must be above 0, but got {gamma_db!r}.")
+    if loss_matrix.shape[-1] > MAX_EXHAUSTIVE_SPKS:
+        num_spks = loss_matrix.shape[-1]
+        raise ValueError(f"The soft minimum is for up to {MAX_EXHAUSTIVE_SPKS} speakers, but got {num_spks}.")
+    losses = permutation_losses(loss_matrix)[0]  # (..., P)
+    return -gamma_db * ((-losses / gamma_db).logsumexp(-1) - math.log(losses.shape[-1]))
+
+
 class PITLoss(torch.nn.Module):
     """Permutation-invariant training on SI-SDR (Kolbaek et al. 2017): the loss under the best assignment.
 
@@ -298,7 +339,7 @@ def block_weights(num_blocks, layer_weights="uniform", device=None):
     return weights / weights.sum()
 
 
-def layerwise_loss(pit, perm=None, imposed=None, layer_weights="uniform", layer_permutation="shared"):
+def layerwise_loss(pit, perm=None, imposed=None, layer_weights="uniform", layer_permutation="shared", gamma_db=0.0):
     """The layer-wise loss: the weighted sum of all blocks' losses (Gao et al. 2023).
 
     Arguments
@@ -314,6 +355,8 @@ def layerwise_loss(pit, perm=None, imposed=None, layer_weights="uniform", layer_
         ``uniform`` or ``ramp``, see :func:`block_weights`.
     layer_permutation : str
         ``shared`` imposes the final block's assignment on all blocks; ``independent`` gives each its own.
+    gamma_db : float
+        Above 0: each block's loss is its own soft minimum (:func:`soft_minimum_loss`), except where ``imposed``.
 
     Returns
     -------
@@ -340,5 +383,8 @@ def layerwise_loss(pit, perm=None, imposed=None, layer_weights="uniform", layer_
     elif layer_permutation != "shared":
         raise ValueError(f"layer_permutation can only be 'shared' or 'independent', but got {layer_permutation!r}.")
     block_losses = assigned_loss(pit.loss_matrix, perm)  # (L, B)
+    if gamma_db > 0:
+        soft_losses = soft_minimum_loss(pit.loss_matrix, gamma_db)
+        block_losses = soft_losses if imposed is None else torch.where(imposed, block_losses, soft_losses)
     weights = block_weights(len(block_losses), layer_weights, block_losses.device)
     return LayerwiseResult((weights.unsqueeze(-1) * block_losses).sum(0), block_losses)

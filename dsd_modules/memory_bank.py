@@ -11,7 +11,10 @@ import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 
 from dsd_modules.distributed import all_reduce, get_rank, world_size
-from dsd_modules.sample_dropout import DROP, MODES, REORDER, Entries, decide, record
+from dsd_modules.sample_dropout import DROP, REORDER, Entries, decide, record
+
+# "cascade" is PIT, then fixed assignments, then PIT again; the others are the rule's.
+POLICIES = ("none", "drop", "reorder", "cascade")
 
 
 @dataclass
@@ -54,7 +57,10 @@ class AssignmentMemoryBank:
     num_spks : int
         Number of speakers, N.
     mode : str
-        ``none`` (plain PIT, still counted), ``drop`` or ``reorder``.
+        ``none`` (plain PIT, still counted), ``drop``, ``reorder``, or ``cascade``: interrupted and cascaded PIT
+        (Yang et al. 2019), which records the assignments for ``cascade_pit_epochs`` epochs of PIT, trains from the
+        initial weights again under each sample's recorded assignment for ``cascade_fixed_epochs``, and goes on
+        with PIT. What is recorded is the assignment of the sample's best visit.
     margin_db : float
         How much worse than its best a sample must be to be excluded, dB, at least 0.
     start_epoch : int
@@ -63,6 +69,8 @@ class AssignmentMemoryBank:
         An epoch excludes at most floor(rate x samples), first come, per rank; 1: no cap.
     patience : int
         After this many exclusions in a row a sample is re-admitted and its entry renewed; 0: never.
+    cascade_pit_epochs, cascade_fixed_epochs : int
+        Of the first two stages of ``cascade``; the other modes do not look at them.
 
     Raises
     ------
@@ -84,14 +92,26 @@ class AssignmentMemoryBank:
     (2, 1)
     """
 
-    def __init__(self, num_spks, mode="drop", margin_db=0.0, start_epoch=1, max_drop_rate=1.0, patience=0):
+    def __init__(
+        self,
+        num_spks,
+        mode="drop",
+        margin_db=0.0,
+        start_epoch=1,
+        max_drop_rate=1.0,
+        patience=0,
+        cascade_pit_epochs=1,
+        cascade_fixed_epochs=1,
+    ):
         for name, value, is_right, expected in (
             ("num_spks", num_spks, 1 <= num_spks <= 127, "between 1 and 127"),
-            ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
+            ("mode", mode, mode in POLICIES, f"one of {', '.join(POLICIES)}"),
             ("margin_db", margin_db, margin_db >= 0, "at least 0"),
             ("start_epoch", start_epoch, start_epoch >= 1, "at least 1"),
             ("max_drop_rate", max_drop_rate, 0 <= max_drop_rate <= 1, "between 0 and 1"),
             ("patience", patience, patience >= 0, "at least 0"),
+            ("cascade_pit_epochs", cascade_pit_epochs, cascade_pit_epochs >= 1, "at least 1"),
+            ("cascade_fixed_epochs", cascade_fixed_epochs, cascade_fixed_epochs >= 1, "at least 1"),
         ):
             if not is_right:
                 raise ValueError(f"{name} must be {expected}, but got {value!r}.")
@@ -101,6 +121,7 @@ class AssignmentMemoryBank:
         self.first_epoch = start_epoch
         self.max_drop_rate = max_drop_rate
         self.patience = patience
+        self.cascade_epochs = (cascade_pit_epochs, cascade_fixed_epochs)
         self.epoch = 0
         self.counts = EpochCounts()
         self._sample_ids = None
@@ -189,6 +210,19 @@ class AssignmentMemoryBank:
         return entries
 
     @property
+    def restart_epoch(self):
+        """The first epoch that starts from the initial weights again; None where there is none."""
+        return self.cascade_epochs[0] + 1 if self.mode == "cascade" else None
+
+    @property
+    def rule_mode(self):
+        """The rule's mode in the current epoch."""
+        if self.mode == "cascade":
+            is_fixed = 0 <= self.epoch - self.restart_epoch < self.cascade_epochs[1]
+            return "fixed" if is_fixed else "none"
+        return self.mode if self.epoch >= self.first_epoch else "none"
+
+    @property
     def quota(self):
         """How many exclusions are left in this epoch on this rank, or None for no limit."""
         if self.max_drop_rate >= 1:
@@ -222,8 +256,7 @@ class AssignmentMemoryBank:
         rows, perm, metric = rows.cpu(), perm.cpu(), metric.detach().float().cpu()
         valid = None if valid is None else valid.cpu()
         stored = self.lookup(rows)
-        mode = self.mode if self.epoch >= self.first_epoch else "none"
-        decision = decide(stored, perm, metric, mode, self.margin_db, self.patience, self.quota, valid)
+        decision = decide(stored, perm, metric, self.rule_mode, self.margin_db, self.patience, self.quota, valid)
         entries = record(decision, perm, metric)
         for field in fields(Entries):
             column = getattr(self._entries, field.name)

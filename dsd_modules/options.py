@@ -13,7 +13,7 @@ from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import infer_device
 
 from dsd_modules.losses import LAYER_PERMUTATIONS, LAYER_WEIGHTS
-from dsd_modules.sample_dropout import MODES
+from dsd_modules.memory_bank import POLICIES
 from dsd_modules.schedules import SCHEDULES
 
 
@@ -97,18 +97,22 @@ EXPECTED = {
     "ckpt_interval_minutes": _number(lambda v: v >= 0, "of at least 0"),
     "segment_seconds": _optional(_number(lambda v: v > 0, "above 0")),
     "segment": _one_of("random", "fixed"),
-    "dsd_mode": _one_of(*MODES),
+    "dsd_mode": _one_of(*POLICIES),
     "dsd_margin_db": _number(lambda v: v >= 0, "of at least 0"),
     "dsd_start_epoch": _whole(1),
     "dsd_metric": _one_of("si_sdr", "si_sdri"),
     "dsd_max_drop_rate": _number(lambda v: 0 <= v <= 1, "from 0 to 1"),
     "dsd_patience": _whole(0),
+    "cascade_pit_epochs": _whole(1),
+    "cascade_fixed_epochs": _whole(1),
+    "soft_min_gamma_db": _number(lambda v: v >= 0, "of at least 0"),
     "probe_size": _whole(0),
     "layerwise": _BOOL,
     "layer_weights": _one_of(*LAYER_WEIGHTS),
     "layer_permutation": _one_of(*LAYER_PERMUTATIONS),
     "eval_batch_size": _whole(1),
     "examples_interval": _whole(0),
+    "test_at_end": _BOOL,
     "num_to_keep": _whole(1),
     "num_workers": _whole(0),
     "num_filters": _whole(2),
@@ -232,6 +236,21 @@ def check_options(options):
             f"--dsd_mode {get('dsd_mode')} contradicts --dsd_max_drop_rate 0, under which no sample is ever excluded; "
             "give a rate above 0, or --dsd_mode none."
         )
+    if get("dsd_mode") == "cascade":
+        num_first = get("cascade_pit_epochs", 1) + get("cascade_fixed_epochs", 1)
+        if num_first > get("number_of_epochs", num_first):
+            raise ValueError(
+                f"--number_of_epochs must be at least cascade_pit_epochs + cascade_fixed_epochs = {num_first}, "
+                f"but got {options['number_of_epochs']}."
+            )
+    imposes = get("dsd_mode") in ("reorder", "cascade")
+    if get("soft_min_gamma_db", 0) > 0 and imposes:
+        raise ValueError(
+            f"--soft_min_gamma_db {get('soft_min_gamma_db')} weighs all assignments, but --dsd_mode {get('dsd_mode')} "
+            "imposes one; give one of the two."
+        )
+    if get("dsd_mode") == "cascade" and get("layerwise") and get("layer_permutation") == "independent":
+        raise ValueError("--dsd_mode cascade fixes one assignment for all blocks; give --layer_permutation shared.")
     for name in ("kernel_size", "chunk_size", "num_filters"):
         if get(name, 2) % 2:
             raise ValueError(f"--{name} must be even, but got {options[name]}.")

@@ -29,15 +29,37 @@ def _finite(loss_matrix):
     return loss_matrix.detach().double().nan_to_num(nan=1e12, posinf=1e12, neginf=-1e12)
 
 
-def _permutation_losses(loss_matrix):
-    """The mean loss of every permutation, and the permutations.
+def permutation_losses(loss_matrix):
+    """The mean loss of every permutation.
 
-    Returns ``[..., P]`` and ``[P, N]``.
+    Arguments
+    ---------
+    loss_matrix : torch.Tensor
+        ``[..., N, N]``; there are N! permutations, so N should be small.
+
+    Returns
+    -------
+    losses : torch.Tensor
+        ``[..., P]``, mean over speakers.
+    perms : torch.Tensor
+        The permutations, ``[P, N]``.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not square.
+
+    Example
+    -------
+    >>> permutation_losses(torch.tensor([[[-9.0, 0.0], [1.0, -7.0]]]))
+    (tensor([[-8.0000,  0.5000]]), tensor([[0, 1],
+            [1, 0]]))
     """
+    _check_square(loss_matrix)
     num_spks = loss_matrix.shape[-1]
     perms = _all_permutations(num_spks, loss_matrix.device)
     references = torch.arange(num_spks, device=loss_matrix.device)
-    return _finite(loss_matrix)[..., references, perms].mean(-1), perms  # (..., P, N) -> (..., P)
+    return loss_matrix[..., references, perms].mean(-1), perms  # (..., P, N) -> (..., P)
 
 
 def solve_assignment(loss_matrix, method="auto"):
@@ -72,7 +94,7 @@ def solve_assignment(loss_matrix, method="auto"):
         raise ValueError(f"method can only be 'auto', 'exhaustive' or 'hungarian', but got {method!r}.")
     num_spks = loss_matrix.shape[-1]
     if method == "exhaustive" or (method == "auto" and num_spks <= MAX_EXHAUSTIVE_SPKS):
-        losses, perms = _permutation_losses(loss_matrix)
+        losses, perms = permutation_losses(_finite(loss_matrix))
         return perms[losses.argmin(-1)]  # (..., N)
     matrices = _finite(loss_matrix).reshape(-1, num_spks, num_spks).cpu().numpy()
     perm = [torch.from_numpy(linear_sum_assignment(matrix)[1]) for matrix in matrices]
@@ -108,7 +130,7 @@ def assignment_margin(loss_matrix):
     num_spks = loss_matrix.shape[-1]
     if num_spks > MAX_EXHAUSTIVE_SPKS:
         raise ValueError(f"The margin is for up to {MAX_EXHAUSTIVE_SPKS} speakers, but got {num_spks}.")
-    losses, perms = _permutation_losses(loss_matrix)
+    losses, perms = permutation_losses(_finite(loss_matrix))
     if len(perms) == 1:
         return torch.full_like(losses[..., 0], float("inf"))
     best, second = losses.topk(2, dim=-1, largest=False).values.unbind(-1)

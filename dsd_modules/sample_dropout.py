@@ -9,7 +9,7 @@ import torch
 
 KEEP, DROP, REORDER = 0, 1, 2
 ACTIONS = ("keep", "drop", "reorder")
-MODES = ("none", "drop", "reorder")
+MODES = ("none", "drop", "reorder", "fixed")  # fixed: see decide
 
 
 @dataclass
@@ -58,6 +58,9 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
     otherwise                         train under ``perm``
     ================================  ============================================================
 
+    In mode ``fixed`` (the middle stage of interrupted and cascaded PIT, Yang et al. 2019) the bank's assignments stand:
+    a sample that has one trains under it, whatever the metric, and none is stored anew.
+
     Arguments
     ---------
     stored : Entries
@@ -67,7 +70,7 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
     metric : torch.Tensor
         PIT's metric (higher is better), dB, ``[B]``.
     mode : str
-        ``none``, ``drop`` or ``reorder``.
+        ``none``, ``drop``, ``reorder`` or ``fixed``.
     margin_db : float
         How much worse than the best a sample must be for its exclusion, dB.
     patience : int
@@ -103,8 +106,19 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
     is_better = is_counted & ~is_first & (metric > stored.best_metric)
     is_switched = is_counted & ~is_first & (perm != stored.last_perm).any(-1)
 
-    contradicts = (perm != stored.best_perm).any(-1) & (metric <= stored.best_metric - margin_db)
-    is_excludable = is_counted & ~is_first & ~is_better & contradicts & (mode != "none")
+    differs = is_counted & ~is_first & (perm != stored.best_perm).any(-1)
+    if mode == "fixed":
+        return Decision(
+            stored=stored,
+            action=torch.where(differs, REORDER, KEEP),
+            perm=torch.where(differs.unsqueeze(-1), stored.best_perm, perm),
+            is_renewed=is_first,
+            is_readmitted=torch.zeros_like(is_first),
+            is_switched=is_switched,
+            is_counted=is_counted,
+        )
+
+    is_excludable = differs & ~is_better & (metric <= stored.best_metric - margin_db) & (mode != "none")
     is_readmitted = is_excludable & (patience > 0) & (stored.exclusion_run >= patience)
     is_excluded = is_excludable & ~is_readmitted
     if quota is not None:

@@ -68,7 +68,7 @@ class Separation(SeparationBrain):
 
         decision = self.visit_memory_bank(batch, measures)
         keep, perm, action = (x.to(self.device) for x in (decision.keep, decision.perm, decision.action))
-        result = layerwise(perm=perm, imposed=action == REORDER)
+        result = layerwise(perm=perm, imposed=action == REORDER, gamma_db=hparams.soft_min_gamma_db)
         self.track(stage, measures, result, decision.keep)
         return torch.where(keep, result.loss, 0.0).mean()
 
@@ -177,11 +177,12 @@ def main(argv):
         train_loader_kwargs=hparams["train_loader_opts"],
         valid_loader_kwargs=hparams["valid_loader_opts"],
     )
-    brain.evaluate(test, max_key="si_sdri", test_loader_kwargs=hparams["valid_loader_opts"])
-    if if_main_process():
-        folder = Path(hparams["output_folder"]) / "exported"
-        exported = export_model(folder, hparams_file, options, hparams["modules"])
-        finish_run(hparams["output_folder"], exported, test)
+    if hparams["test_at_end"]:
+        brain.evaluate(test, max_key="si_sdri", test_loader_kwargs=hparams["valid_loader_opts"])
+        if if_main_process():
+            folder = Path(hparams["output_folder"]) / "exported"
+            exported = export_model(folder, hparams_file, options, hparams["modules"])
+            finish_run(hparams["output_folder"], exported, test)
     del lock
 
 
