@@ -1,0 +1,308 @@
+"""Train and compare plain PIT, DSD, LO and controls on recorded speech, all from the recipe's one YAML.
+
+    python benchmarks/ablation.py --speech FOLDER --output results/ablation
+
+FOLDER holds ``libri_train/metadata.csv`` and ``libri_test/metadata.csv`` (columns id, speaker, path). Training
+mixtures are made from the first; dev mixtures from the first half of the second's speakers, test mixtures from the
+other half. The runs stand in benchmarks/ablation_plan.py. Every run is a process of recipes/LibriMix/separation/train.py;
+the test set stays closed until all runs are trained. The same command again goes on where it was stopped, also from
+the output's csv files alone.
+
+    OUTPUT/results.csv      a row per regime, arm, seed and epoch
+    OUTPUT/test_scores.csv  a row per regime, arm, seed and test mixture
+    OUTPUT/runs.csv         where, how long, at which commit, with which command
+    OUTPUT/tables.md, *.png what to look at
+    OUTPUT/data, runs       mixtures; the folders of the runs, with a log each
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from ablation_plan import REGIMES, Run, num_epochs, overrides, plan
+from ablation_report import write_report
+from tqdm import tqdm
+
+from dsd_modules.data.generate import generate_synthetic, mix_recordings
+from dsd_modules.evaluation import read_results
+from dsd_modules.files import write_whole
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes/LibriMix/separation"
+KEY = ("regime", "arm", "seed")
+NUM_DEV, NUM_TEST = 100, 200
+
+
+def make_data(data, arguments):
+    """Mix a regime's data, or find them."""
+    root = arguments.output / "data"
+    sets = {"train-360": data.num_train, "dev": NUM_DEV, "test": NUM_TEST}
+    sets = {name: max(size // arguments.shrink, 4) for name, size in sets.items()}
+    options = {"sets": sets, "num_spks": data.num_spks, "max_seconds": data.max_seconds}
+    if data.source == "synthetic":
+        return generate_synthetic(root, **options)
+    evaluation = arguments.speech / "libri_test/metadata.csv"
+    num_speakers = len({row["speaker"] for row in _read_csv(evaluation)})
+    corpora = {
+        "train-360": arguments.speech / "libri_train/metadata.csv",
+        "dev": f"{evaluation}:0:{num_speakers // 2}",
+        "test": f"{evaluation}:{num_speakers // 2}:",
+    }
+    return mix_recordings(root, corpora, **options)
+
+
+def _read_csv(path):
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _write_csv(path, rows):
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with write_whole(path, "w") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Records:
+    """The three csv files: what is known of each run, whether or not its folder is still there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.tables = {}
+        for name in ("results", "test_scores", "runs"):
+            path = folder / f"{name}.csv"
+            self.tables[name] = {}
+            for row in _read_csv(path) if path.exists() else []:
+                self.tables[name].setdefault(Run(row["regime"], row["arm"], int(row["seed"])), []).append(row)
+
+    def put(self, name, run, rows):
+        """Set a run's rows and write the file."""
+        self.tables[name][run] = [{**run._asdict(), **row} for row in rows]
+        _write_csv(self.folder / f"{name}.csv", [row for rows in self.tables[name].values() for row in rows])
+
+    def is_trained(self, run, epochs):
+        """Whether all epochs are there."""
+        return len(self.tables["results"].get(run, ())) == num_epochs(run, epochs)
+
+    def is_tested(self, run):
+        """Whether the test scores are there."""
+        return run in self.tables["test_scores"]
+
+
+class Training:
+    """One run's process, with a log of its own."""
+
+    def __init__(self, run, data_folder, arguments, device, test_at_end):
+        self.run = run
+        self.device = device
+        self.folder = (arguments.output / "runs" / run.regime / run.arm / str(run.seed)).resolve()
+        options = overrides(run, arguments.epochs)
+        if arguments.shrink > 1:
+            options["probe_size"] = 4
+        self.command = ["train.py", "hparams/sepformer_dsd.yaml", *_flags(options)]
+        folders = {"data_folder": data_folder, "output_folder": self.folder}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.folder / "log.txt", "a", encoding="utf-8")
+        self.start = time.time()
+        self.process = subprocess.Popen(
+            [sys.executable, *self.command, *_flags({**folders, "test_at_end": test_at_end, "device": device})],
+            cwd=RECIPE,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def history(self):
+        """The epochs so far."""
+        path = self.folder / "history.csv"
+        return _read_csv(path) if path.exists() else []
+
+    def last_words(self):
+        """The end of the log."""
+        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1][-400:]
+
+
+def _flags(options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def run_all(runs, data, arguments, records, test_at_end):
+    """Run the trainings, ``arguments.jobs`` at a time; returns those that failed."""
+    devices = [f"cuda:{i % torch.cuda.device_count()}" if arguments.gpu else "cpu" for i in range(arguments.jobs)]
+    waiting, active, failed = list(runs), [], []
+    unit = "run" if test_at_end else "epoch"
+    total = len(runs) if test_at_end else sum(num_epochs(run, arguments.epochs) for run in runs)
+    progress = tqdm(total=total, desc="Test" if test_at_end else "Training", unit=unit, smoothing=0)
+    num_done = 0
+    try:
+        while waiting or active:
+            while waiting and len(active) < arguments.jobs:
+                free = [device for device in devices]
+                for training in active:
+                    free.remove(training.device)
+                run = waiting.pop(0)
+                active.append(Training(run, data[REGIMES[run.regime].data], arguments, free[0], test_at_end))
+            time.sleep(0.5)
+            for training in list(active):
+                if training.process.poll() is None:
+                    continue
+                active.remove(training)
+                training.log.close()
+                if training.process.returncode:
+                    failed.append(training)
+                    tqdm.write(f"failed: {'/'.join(map(str, training.run))}: {training.last_words()}", file=sys.stderr)
+                else:
+                    _keep(training, arguments, records, test_at_end)
+                    num_done += 1 if test_at_end else num_epochs(training.run, arguments.epochs)
+            running = 0 if test_at_end else sum(len(training.history()) for training in active)
+            progress.n = num_done + running
+            progress.set_postfix_str(", ".join("/".join(map(str, training.run)) for training in active))
+    finally:
+        progress.close()
+        for training in active:
+            training.process.terminate()
+            training.process.wait()
+    return failed
+
+
+def _keep(training, arguments, records, test_at_end):
+    """Copy what a finished process left into the csv files."""
+    run = training.run
+    if not test_at_end:
+        records.put("results", run, training.history())
+        about = {
+            "device": torch.cuda.get_device_name(training.device) if arguments.gpu else _processor(),
+            "threads": arguments.threads,
+            "jobs": arguments.jobs,
+            "commit": _commit(),
+            "seconds": round(time.time() - training.start),
+            "command": " ".join(training.command),
+        }
+        records.put("runs", run, [about])
+        return
+    speakers = _speakers(training.folder)
+    scores, _ = read_results(training.folder / "test_results.csv")
+    rows = []
+    for sample_id, row in scores.items():
+        kept = {name: value for name, value in row.items() if "spk" not in name}
+        rows.append({"id": sample_id, "speakers": speakers[sample_id], **kept})
+    records.put("test_scores", run, rows)
+
+
+def _speakers(folder):
+    """The speakers of each test mixture, from the metadata beside the mixtures."""
+    with open(folder / "manifests/test.csv", newline="", encoding="utf-8") as stream:
+        mixture = Path(next(csv.DictReader(stream))["mix_wav"])
+    info = next(mixture.parents[4].glob("metadata/*_test_info.csv"))
+    return {
+        row["mixture_ID"]: " ".join(value for name, value in row.items() if name.startswith("speaker_"))
+        for row in _read_csv(info)
+    }
+
+
+def _processor():
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit():
+    """The commit that runs, or "unknown"."""
+    try:
+        git = ["git", "-C", str(RECIPE)]
+        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True).strip()
+        return f"{commit}+changes" if changes else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def check_settings(arguments):
+    """Refuse an output folder whose runs had other settings."""
+    path = arguments.output / "settings.json"
+    settings = {"epochs": arguments.epochs, "shrink": arguments.shrink}
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier != settings:
+            raise ValueError(f"{path} says {earlier}, but got {settings}; give these settings, or another --output.")
+        return
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with write_whole(path, "w") as stream:
+        stream.write(json.dumps(settings) + "\n")
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--speech", type=Path, default=os.environ.get("DSD_REALSPEECH"), help="folder of recorded speech"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/ablation"), help="(%(default)s)")
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES, help="these alone")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="these arms of the regimes alone")
+    parser.add_argument("--seeds", type=int, default=3, help="of the main arms (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="of the main arms (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one per GPU, or per core")
+    parser.add_argument("--threads", type=int, default=1, help="of each run, on the CPU (%(default)s)")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the sizes of the sets, to rehearse (%(default)s)")
+    parser.add_argument("--dev_only", action="store_true", help="leave the test set closed")
+    parser.add_argument("--report_only", action="store_true", help="draw tables and figures from the csv files")
+    arguments = parser.parse_args(argv)
+    for name in ("seeds", "epochs", "jobs", "threads", "shrink"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, but got {value}")
+    arguments.gpu = torch.cuda.is_available()
+    arguments.jobs = arguments.jobs or (torch.cuda.device_count() if arguments.gpu else os.cpu_count())
+    arguments.speech = arguments.speech and Path(arguments.speech)
+    return arguments
+
+
+def main(argv=None):
+    """The command; returns the exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        return ablation(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def ablation(arguments):
+    """Train, test, report."""
+    if arguments.report_only:
+        write_report(arguments.output)
+        return 0
+    check_settings(arguments)
+    records = Records(arguments.output)
+    runs = [run for run in plan(arguments.regimes, arguments.seeds) if not arguments.arms or run.arm in arguments.arms]
+    if not runs:
+        raise ValueError(f"no run is left: --arms {' '.join(arguments.arms)} names none of the regimes' arms")
+    is_open = not arguments.dev_only
+    untrained = [run for run in runs if not records.is_trained(run, arguments.epochs)]
+    untested = [run for run in runs if is_open and REGIMES[run.regime].is_tested and not records.is_tested(run)]
+    data = {REGIMES[run.regime].data: None for run in (*untrained, *untested)}
+    if not arguments.speech and any(each.source == "recordings" for each in data):
+        raise ValueError("--speech FOLDER (or DSD_REALSPEECH) is needed; without recordings: --regimes synthetic")
+    data = {each: make_data(each, arguments).resolve() for each in data}
+    failed = run_all(untrained, data, arguments, records, test_at_end=False)
+    if not failed:
+        failed = run_all(untested, data, arguments, records, test_at_end=True)
+    if records.tables["results"]:
+        write_report(arguments.output)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
