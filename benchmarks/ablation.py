@@ -4,9 +4,9 @@
 
 FOLDER holds ``libri_train/metadata.csv`` and ``libri_test/metadata.csv`` (columns id, speaker, path). Training
 mixtures are made from the first; dev mixtures from the first half of the second's speakers, test mixtures from the
-other half. The runs stand in benchmarks/ablation_plan.py. Every run is a process of recipes/LibriMix/separation/train.py;
-the test set stays closed until all runs are trained. The same command again goes on where it was stopped, also from
-the output's csv files alone.
+other half. The runs stand in benchmarks/ablation_plan.py; each is a process of the recipe's train.py. The test set
+stays closed until all runs are trained. The same command again goes on where it was stopped, also from the output's
+csv files alone.
 
     OUTPUT/results.csv      a row per regime, arm, seed and epoch
     OUTPUT/test_scores.csv  a row per regime, arm, seed and test mixture
@@ -110,16 +110,16 @@ class Training:
         folders = {"data_folder": data_folder, "output_folder": self.folder}
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = open(self.folder / "log.txt", "a", encoding="utf-8")
         self.start = time.time()
-        self.process = subprocess.Popen(
-            [sys.executable, *self.command, *_flags({**folders, "test_at_end": test_at_end, "device": device})],
-            cwd=RECIPE,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.command, *_flags({**folders, "test_at_end": test_at_end, "device": device})],
+                cwd=RECIPE,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def history(self):
         """The epochs so far."""
@@ -146,7 +146,7 @@ def run_all(runs, data, arguments, records, test_at_end):
     try:
         while waiting or active:
             while waiting and len(active) < arguments.jobs:
-                free = [device for device in devices]
+                free = list(devices)
                 for training in active:
                     free.remove(training.device)
                 run = waiting.pop(0)
@@ -156,7 +156,6 @@ def run_all(runs, data, arguments, records, test_at_end):
                 if training.process.poll() is None:
                     continue
                 active.remove(training)
-                training.log.close()
                 if training.process.returncode:
                     failed.append(training)
                     tqdm.write(f"failed: {'/'.join(map(str, training.run))}: {training.last_words()}", file=sys.stderr)

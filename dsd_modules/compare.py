@@ -13,7 +13,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from dsd_modules.evaluation import read_results
 from dsd_modules.files import write_whole
@@ -26,6 +25,7 @@ from dsd_modules.report import (
     plot_by_epoch,
     read_history,
 )
+from dsd_modules.statistics import t_interval
 
 _CAVEAT = (
     "The intervals are over the mixtures of this one test set, and each side is one training run: they say\n"
@@ -103,12 +103,11 @@ def paired_difference(a, b):
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     scored = np.isfinite(a) & np.isfinite(b)
     a, b = a[scored], b[scored]
-    mean_a, mean_b, mean = (values.mean() if len(values) else math.nan for values in (a, b, b - a))
-    low = high = math.nan
-    if len(a) > 1:
-        half = stats.t.ppf(0.975, len(a) - 1) * stats.sem(b - a)
-        low, high = mean - half, mean + half
-    return PairedDifference(*map(float, (mean_a, mean_b, mean, low, high)), len(a), int((~scored).sum()))
+    mean_a, mean_b = (float(values.mean()) if len(values) else math.nan for values in (a, b))
+    interval = t_interval(b - a)
+    return PairedDifference(
+        mean_a, mean_b, interval.mean, interval.low, interval.high, len(a), num_unscored=int((~scored).sum())
+    )
 
 
 def comparison_table(results_a, results_b, metric="si_sdri"):

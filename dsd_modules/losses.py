@@ -10,9 +10,12 @@ from dsd_modules.permutation import MAX_EXHAUSTIVE_SPKS, permutation_losses, sol
 LAYER_WEIGHTS = ("uniform", "ramp")
 LAYER_PERMUTATIONS = ("shared", "independent")
 # SI-SDR lies within +-80 dB: beyond, it has no gradient, and float32 signals could not tell anyway.
-_LEAST_SHARE = 1e-8
+_BOUND_DB = 80.0
+_LEAST_SHARE = 1e-8  # of the target or of the distortion in the estimate's energy, at the bound
 # A signal whose AC energy is below this share of its whole energy is silent: digital silence, or a constant.
 _SILENCE = 1e-10
+# On a CPU the signals go to float64 in pieces of this many samples over all speakers, which stay in a cache of 1 MiB.
+_PIECE_SIZE = 2**16
 
 
 @dataclass
@@ -66,65 +69,120 @@ def length_mask(lengths, num_samples):
     return (samples < lengths.unsqueeze(-1)).unsqueeze(-2)
 
 
-def _mask_padding(signal, lengths):
-    """The signal in float32 or wider without its padding, and each item's number of samples ``[B, 1]`` (or one)."""
-    signal = signal.to(torch.promote_types(signal.dtype, torch.float32))
+def _padding_mask(signal, lengths):
+    """Which samples are padding, ``[B, 1, T]`` (None: none), and how many of each item are not, ``[B, 1]`` or a number."""
     if lengths is None:
-        return signal, signal.shape[-1]
+        return None, signal.shape[-1]
     if lengths.is_floating_point():
         raise ValueError(f"lengths must be samples (integers), but got {lengths.dtype}; are they relative?")
     lengths = lengths.to(signal.device).clamp(1, signal.shape[-1])
-    return torch.where(length_mask(lengths, signal.shape[-1]), signal, 0.0), lengths.unsqueeze(-1)
+    return ~length_mask(lengths, signal.shape[-1]), lengths.unsqueeze(-1)
 
 
-class _PairStatistics(torch.autograd.Function):
-    """Products of all pairs ``[..., B, N_ref, N_est]``, and energies and sums ``[..., B, N]``, all in float64.
+def _pieces(ref, num_rows):
+    """Slices of items and samples that cover ``num_rows`` signals of each item: small on a CPU, everything on a GPU."""
+    batch, num_samples = len(ref), ref.shape[-1]
+    size = max(1, _PIECE_SIZE // num_rows) if ref.device.type == "cpu" else max(1, batch * num_samples)
+    items = max(1, size // max(1, num_samples))
+    for item in range(0, batch, items):
+        for sample in range(0, num_samples, size):
+            yield slice(item, item + items), slice(sample, sample + size)
 
-    Float64 sums keep the closed form of SI-SDR exact. Going through a Function of our own, no float64 copy of the
-    signals outlives its block, and the backward pass is one float32 product of matrices: several times faster.
+
+def _rows(signal, items, samples):
+    """A piece of ``[B, N, T]``, or of ``[B, L, N, T]`` as ``L N`` rows: ``[b, rows, t]``."""
+    return signal[items, ..., samples].flatten(1, -2)
+
+
+def _statistics(ref, est, is_padding):
+    """Sums and energies ``[B, rows]`` of the references and then the estimates, and products ``[B, N_ref, L N_est]``.
+
+    Float64 sums keep the closed form of SI-SDR exact; piece by piece, there is no float64 copy of the signals.
     """
-
-    @staticmethod
-    def forward(ctx, est, ref):
-        ctx.save_for_backward(est, ref)
-        ref = ref.double()
-        dots, est_energies, est_sums = [], [], []
-        for block in est.reshape(-1, *est.shape[-3:]):  # broadcasting would copy the references for each block
-            block = block.double()  # (B, N, T)
-            dots.append(ref @ block.transpose(-1, -2))
-            est_energies.append(torch.linalg.vecdot(block, block))
-            est_sums.append(block.sum(-1))
-        lead = est.shape[:-2]
-        return (
-            torch.stack(dots).reshape(*lead, ref.shape[-2], est.shape[-2]),
-            torch.stack(est_energies).reshape(est.shape[:-1]),
-            torch.stack(est_sums).reshape(est.shape[:-1]),
-            torch.linalg.vecdot(ref, ref),
-            ref.sum(-1),
-        )
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dot, est_energy, est_sum, ref_energy, ref_sum):
-        est, ref = ctx.saved_tensors
-        dot, est_energy, est_sum, ref_energy, ref_sum = (
-            gradient.to(est.dtype) for gradient in (dot, est_energy, est_sum, ref_energy, ref_sum)
-        )
-        with torch.autocast(est.device.type, enabled=False):
-            est_gradient = ref_gradient = None
-            if ctx.needs_input_grad[0]:
-                est_gradient = dot.transpose(-1, -2) @ ref.to(est.dtype)
-                est_gradient.addcmul_(est, 2 * est_energy.unsqueeze(-1)).add_(est_sum.unsqueeze(-1))
-            if ctx.needs_input_grad[1]:
-                ref_gradient = (dot @ est).sum_to_size(ref.shape)
-                ref_gradient += 2 * ref_energy.unsqueeze(-1) * ref + ref_sum.unsqueeze(-1)
-        return est_gradient, ref_gradient
+    num_refs, num_ests = ref.shape[1], est.shape[1:-1].numel()
+    total, energy = ref.new_zeros(2, len(ref), num_refs + num_ests, dtype=torch.float64)
+    dot = total.new_zeros(len(ref), num_refs, num_ests)
+    for items, samples in _pieces(ref, num_refs + num_ests):
+        refs = _rows(ref, items, samples)
+        rows = total.new_empty(len(refs), num_refs + num_ests, refs.shape[-1])
+        rows[:, :num_refs] = refs
+        rows[:, num_refs:] = _rows(est, items, samples)
+        if is_padding is not None:
+            rows.masked_fill_(is_padding[items, :, samples], 0.0)
+        total[items] += rows.sum(-1)
+        energy[items] += torch.linalg.vector_norm(rows, dim=-1).square()
+        dot[items] += rows[:, :num_refs] @ rows[:, num_refs:].transpose(-1, -2)
+    return total, energy, dot
 
 
 def _ac_energy(energy, total, num_samples):
     """The energy without the mean, ``[..., N]``, and whether anything but rounding is left of it."""
     ac_energy = energy - total.square() / num_samples
     return ac_energy, ac_energy <= _SILENCE * energy
+
+
+def _signal_gradient(signal, other, own, cross, constant, is_padding):
+    """``cross @ other - own * signal + constant``, in the rows of ``signal``."""
+    gradient = torch.empty_like(signal)
+    dtype = torch.promote_types(signal.dtype, torch.float32)
+    own, cross, constant = own.to(dtype), cross.to(dtype), constant.to(dtype)
+    for items, samples in _pieces(signal, own.shape[1] + cross.shape[2]):
+        rows = torch.baddbmm(constant[items], cross[items], _rows(other, items, samples).to(dtype))
+        rows.addcmul_(own[items], _rows(signal, items, samples), value=-1)
+        if is_padding is not None:
+            rows.masked_fill_(is_padding[items, :, samples], 0.0)
+        gradient[items, ..., samples] = rows.view(gradient[items, ..., samples].shape)
+    return gradient
+
+
+class _NegSISDR(torch.autograd.Function):
+    """Negative SI-SDR of all pairs, ``[..., B, N_ref, N_est]``; inside, blocks are further estimates of their item.
+
+    With ``c`` the cosine, ``p`` the product and ``E`` the energies of the zero-mean signals, the gradient of
+    ``-10 log10(c^2 / (1 - c^2))`` for an estimate is ``20 / ln 10 / (1 - c^2) (est / E_est - ref / p)``, and likewise for
+    a reference. So the backward pass is one product of matrices, and nothing but the signals is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx, est, ref, is_padding, num_samples):
+        ctx.shape, num_refs = est.shape, ref.shape[1]
+        est = est.reshape(-1, *est.shape[-3:]).transpose(0, 1)  # (B, L, N_est, T)
+        total, energy, dot = _statistics(ref, est, is_padding)
+        mean = total / num_samples
+        energy, is_silent = _ac_energy(energy, total, num_samples)
+        energy.masked_fill_(is_silent, 1.0)
+        dot.addcmul_(total[:, :num_refs, None], mean[:, None, num_refs:], value=-1)
+        cosine2 = dot.square() / (energy[:, :num_refs, None] * energy[:, None, num_refs:])
+        cosine2.masked_fill_(is_silent[:, :num_refs, None] | is_silent[:, None, num_refs:], 0.0)
+        ctx.save_for_backward(est, ref, is_padding, mean, energy, dot, cosine2)
+        loss = torch.logit(cosine2, eps=_LEAST_SHARE / 10).mul_(-10 / math.log(10)).clamp_(-_BOUND_DB, _BOUND_DB)
+        loss.masked_fill_(is_silent[:, :num_refs, None], 0.0)
+        loss = loss.unflatten(-1, est.shape[1:3]).permute(2, 0, 1, 3)  # (L, B, N_ref, N_est)
+        return loss.reshape(*ctx.shape[:-2], num_refs, ctx.shape[-2]).to(torch.promote_types(est.dtype, torch.float32))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        est, ref, is_padding, mean, energy, dot, cosine2 = ctx.saved_tensors
+        num_refs = ref.shape[1]
+        gradient = gradient.reshape(-1, *gradient.shape[-3:]).permute(1, 2, 0, 3).flatten(2)  # (B, N_ref, L N_est)
+        is_bound = (cosine2 <= _LEAST_SHARE) | (1 - cosine2 <= _LEAST_SHARE)
+        own = (-20 / math.log(10) * gradient / (1 - cosine2)).masked_fill_(is_bound, 0.0)
+        cross = own / dot.masked_fill(is_bound, 1.0)
+        ref_mean, est_mean = mean.unsqueeze(-1).tensor_split((num_refs,), 1)  # (B, rows, 1)
+        ref_energy, est_energy = energy.unsqueeze(-1).tensor_split((num_refs,), 1)
+        est_gradient = ref_gradient = None
+        with torch.autocast(est.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                cross_t, est_own = cross.transpose(1, 2), own.sum(1).unsqueeze(-1) / est_energy
+                constant = est_own * est_mean - cross_t @ ref_mean
+                est_gradient = _signal_gradient(est, ref, est_own, cross_t, constant, is_padding)
+                est_gradient = est_gradient.transpose(0, 1).reshape(ctx.shape)
+            if ctx.needs_input_grad[1]:
+                ref_own = own.sum(2).unsqueeze(-1) / ref_energy
+                constant = ref_own * ref_mean - cross @ est_mean
+                ref_gradient = _signal_gradient(ref, est, ref_own, cross, constant, is_padding)
+        return est_gradient, ref_gradient, None, None
 
 
 def is_silent(ref, lengths=None):
@@ -147,9 +205,9 @@ def is_silent(ref, lengths=None):
     >>> is_silent(torch.tensor([[[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 2.0]]]))
     tensor([[ True,  True, False]])
     """
-    ref, num_samples = _mask_padding(ref, lengths)
-    ref = ref.double()
-    return _ac_energy(torch.linalg.vecdot(ref, ref), ref.sum(-1), num_samples)[1]
+    is_padding, num_samples = _padding_mask(ref, lengths)
+    total, energy, _ = _statistics(ref, ref[:, :0], is_padding)
+    return _ac_energy(energy, total, num_samples)[1]
 
 
 def pairwise_neg_si_sdr(est, ref, lengths=None):
@@ -194,19 +252,7 @@ def pairwise_neg_si_sdr(est, ref, lengths=None):
         )
     if lengths is not None and lengths.shape != ref.shape[:1]:
         raise ValueError(f"lengths must be [{ref.shape[0]}], but got the shape {list(lengths.shape)}.")
-    est, num_samples = _mask_padding(est, lengths)
-    ref, _ = _mask_padding(ref, lengths)
-    dot, est_energy, est_sum, ref_energy, ref_sum = _PairStatistics.apply(est, ref)
-    est_ac, is_silent_est = (x.unsqueeze(-2) for x in _ac_energy(est_energy, est_sum, num_samples))  # (..., B, 1, N)
-    ref_ac, is_silent_ref = (x.unsqueeze(-1) for x in _ac_energy(ref_energy, ref_sum, num_samples))  # (B, N, 1)
-    num_samples = num_samples.unsqueeze(-1) if torch.is_tensor(num_samples) else num_samples  # (B, 1, 1)
-    dot = dot - ref_sum.unsqueeze(-1) * est_sum.unsqueeze(-2) / num_samples  # (..., B, N_ref, N_est)
-
-    silent = is_silent_est | is_silent_ref
-    cosine2 = torch.where(silent, 0.0, dot.square() / torch.where(silent, 1.0, est_ac * ref_ac))
-    share = cosine2.clamp(min=_LEAST_SHARE), (1 - cosine2).clamp(min=_LEAST_SHARE)  # of target, of distortion
-    loss = 10 * (share[1].log10() - share[0].log10())
-    return torch.where(is_silent_ref, 0.0, loss).to(est.dtype)
+    return _NegSISDR.apply(est, ref, *_padding_mask(ref, lengths))
 
 
 def assigned_loss(loss_matrix, perm):

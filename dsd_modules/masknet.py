@@ -156,7 +156,7 @@ class DualPathMaskNet(Dual_Path_Model):
             x = positions + x * x.shape[1] ** 0.5
         if lengths is not None:
             x = x.masked_fill(~frame_mask, 0)
-        x, gap = self._Segmentation(x, self.K)  # [B, N, K, S]
+        x, gap = _segment(x, self.K)  # [B, N, K, S]
         if lengths is not None:
             # An item alone has this many chunks, and they are the first of the padded item's.
             num_chunks = 2 * ((lengths + self.K // 2) // self.K + 1)  # [B]
@@ -205,7 +205,7 @@ class DualPathMaskNet(Dual_Path_Model):
 
     def _output_head(self, x, gap, frame_mask):
         """Masks [spks, B, N, F] from a block's output [B, N, K, S]."""
-        x = self._over_add(self.prelu(x), gap)  # [B, N, F]
+        x = _overlap_add(self.prelu(x), gap)  # [B, N, F]
         # A 1x1 convolution commutes with overlap-add, behind which it has half the frames. Each lies in two chunks,
         # so the bias counts twice.
         x = F.conv1d(x, self.conv2d.weight.squeeze(-1), 2 * self.conv2d.bias)  # [B, N*spks, F]
@@ -214,12 +214,6 @@ class DualPathMaskNet(Dual_Path_Model):
         x = self.end_conv1x1(self.output(x) * self.output_gate(x))  # [B*spks, N, F]
         masks = self.activation(x).view(B, self.num_spks, *x.shape[1:]).transpose(0, 1)  # [spks, B, N, F]
         return masks if frame_mask is None else masks.masked_fill(~frame_mask, 0)
-
-    def _padding(self, input, K):
-        """SpeechBrain's padding, without its copies from the CPU."""
-        P = K // 2
-        gap = K - (P + input.shape[2] % K) % K
-        return F.pad(input, (P, gap + P)), gap
 
 
 class DualPathBlock(Dual_Computation_Block):
@@ -262,8 +256,8 @@ class DualPathBlock(Dual_Computation_Block):
             intra_mask, inter_mask = chunk_mask[:, :, None, None], chunk_mask[:, None, :, None]
             attention_mask = chunk_mask.repeat_interleave(K, dim=0)[:, None, None, :]  # [B*K, 1, 1, S]
 
-        x = x.permute(0, 3, 2, 1)  # [B, S, K, N], which is how a block leaves its output in memory
-        intra = _transformer(self.intra_mdl, x.reshape(B * S, K, N)).view(B, S, K, N)
+        x = x.permute(0, 3, 2, 1).contiguous()  # [B, S, K, N]; the chunks and a block's output lie so in memory
+        intra = _transformer(self.intra_mdl, x.view(B * S, K, N)).view(B, S, K, N)
         if self.linear_layer_after_inter_intra:
             intra = self.intra_linear(intra)
         if self.norm is not None:
@@ -271,13 +265,30 @@ class DualPathBlock(Dual_Computation_Block):
         if self.skip_around_intra:
             intra = intra + x
 
-        inter = intra.transpose(1, 2).reshape(B * K, S, N)
-        inter = _transformer(self.inter_mdl, inter, attention_mask).view(B, K, S, N)
+        inter = intra.transpose(1, 2).contiguous()  # [B, K, S, N]; reshape would leave one item as it lies: slow
+        inter = _transformer(self.inter_mdl, inter.view(B * K, S, N), attention_mask).view(B, K, S, N)
         if self.linear_layer_after_inter_intra:
             inter = self.inter_linear(inter)
         if self.norm is not None:
             inter = _normalize_channels_last(self.inter_norm, inter, inter_mask)
         return (intra + inter.transpose(1, 2)).permute(0, 3, 2, 1)  # [B, N, K, S]
+
+
+def _segment(x, K):
+    """Half-overlapping chunks [B, N, K, S] of x [B, N, F], channels last in memory; the padding at its end in frames."""
+    half = K // 2
+    gap = K - (half + x.shape[2] % K) % K
+    x = F.pad(x.transpose(1, 2), (0, 0, half, half + gap))  # [B, F', N]
+    even, odd = (part.unflatten(1, (-1, K)) for part in (x[:, :-half], x[:, half:]))  # each [B, S/2, K, N]
+    return torch.stack([even, odd], dim=2).flatten(1, 2).permute(0, 3, 2, 1), gap
+
+
+def _overlap_add(x, gap):
+    """Sum of the chunks [B, N, K, S] where they overlap [B, N, F], without the padding of :func:`_segment`."""
+    half = x.shape[2] // 2
+    even, odd = x.permute(0, 3, 2, 1).unflatten(1, (-1, 2)).unbind(2)  # each [B, S/2, K, N]
+    x = even.flatten(1, 2)[:, half:-gap] + odd.flatten(1, 2)[:, : -half - gap]  # [B, F, N]
+    return x.transpose(1, 2)
 
 
 def _check_transformer(model):

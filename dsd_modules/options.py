@@ -224,7 +224,7 @@ def check_options(options):
     -------
     >>> check_options({"dsd_mode": "dorp"})
     Traceback (most recent call last):
-    ValueError: --dsd_mode can only be one of none, drop, reorder, but got 'dorp'.
+    ValueError: --dsd_mode can only be one of none, drop, reorder, cascade, but got 'dorp'.
     """
     for name, (is_right, expected) in EXPECTED.items():
         if name in options and not is_right(options[name]):

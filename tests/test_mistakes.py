@@ -39,7 +39,7 @@ def nothing_built(recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("dsd_mode", "dorp", "--dsd_mode can only be one of none, drop, reorder, but got 'dorp'"),
+        ("dsd_mode", "dorp", "--dsd_mode can only be one of none, drop, reorder, cascade, but got 'dorp'"),
         ("dsd_mod", "drop", "no option --dsd_mod; did you mean --dsd_mode?"),
         ("num_spks", 4, "--num_spks can only be one of 2, 3, but got 4"),
         ("sample_rate", 44100, "one of 8000, 16000, but got 44100"),

@@ -28,7 +28,7 @@ def make_brain(recipe, librimix, tmp_path):
         hparams["memory_bank"].start_epoch(2)
         brain = recipe.Separation(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
         brain.init_optimizers()
-        brain.num_steps = 100
+        brain.steps_per_epoch = 100
         brain.batch = PaddedBatch([train[i] for i in range(4)])
         return brain
 
