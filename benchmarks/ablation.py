@@ -12,6 +12,7 @@ csv files alone.
     OUTPUT/test_scores.csv  a row per regime, arm, seed and test mixture
     OUTPUT/runs.csv         where, how long, at which commit, with which command
     OUTPUT/tables.md, *.png what to look at
+    OUTPUT/examples         what plain PIT and DSD + LO make of a mixture of synthetic voices
     OUTPUT/data, runs       mixtures; the folders of the runs, with a log each
 """
 
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from ablation_examples import write_examples
 from ablation_plan import REGIMES, Run, num_epochs, overrides, plan
 from ablation_report import write_report
 from tqdm import tqdm
@@ -127,8 +129,11 @@ class Training:
         return _read_csv(path) if path.exists() else []
 
     def last_words(self):
-        """The end of the log."""
-        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1][-400:]
+        """The log's last error, and where the log is."""
+        log = self.folder / "log.txt"
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+        return f"{errors[-1] if errors else 'no error was told'} (see {log})"
 
 
 def _flags(options):
@@ -163,8 +168,10 @@ def run_all(runs, data, arguments, records, test_at_end):
                     _keep(training, arguments, records, test_at_end)
                     num_done += 1 if test_at_end else num_epochs(training.run, arguments.epochs)
             running = 0 if test_at_end else sum(len(training.history()) for training in active)
-            progress.n = num_done + running
-            progress.set_postfix_str(", ".join("/".join(map(str, training.run)) for training in active))
+            progress.set_postfix_str(", ".join("/".join(map(str, training.run)) for training in active), refresh=False)
+            progress.update(num_done + running - progress.n)
+            if sys.stderr.isatty():
+                progress.refresh()  # the clock goes on
     finally:
         progress.close()
         for training in active:
@@ -298,6 +305,7 @@ def ablation(arguments):
     failed = run_all(untrained, data, arguments, records, test_at_end=False)
     if not failed:
         failed = run_all(untested, data, arguments, records, test_at_end=True)
+    write_examples(arguments.output)
     if records.tables["results"]:
         write_report(arguments.output)
     return 1 if failed else 0

@@ -314,6 +314,41 @@ def draw_separation(example):
     return figure
 
 
+def draw_separations(examples):
+    """Draw what several models make of one mixture, a row of spectrograms for each.
+
+    Arguments
+    ---------
+    examples : dict
+        From a model's name to its example, see :func:`draw_separation`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        1600 pixels wide.
+
+    Raises
+    ------
+    ValueError
+        If the signals do not fit.
+
+    Example
+    -------
+    >>> sources = np.random.default_rng(0).normal(size=(2, 8000))
+    >>> example = {"id": "mix_1", "sample_rate": 8000, "mixture": sources.sum(0)}
+    >>> example |= {"references": sources, "estimates": sources}
+    >>> len(draw_separations({"plain PIT": example, "DSD + LO": example}).subfigs)
+    2
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = _new_figure(_SPECTROGRAMS_INCHES * len(examples))
+        rows = figure.subfigures(len(examples), 1, squeeze=False)[:, 0]
+        for row, (name, example) in zip(rows, examples.items(), strict=True):
+            _draw_spectrograms(row, example)
+            row.suptitle(f"{name}: mixture {example['id']}", fontweight="bold", fontsize=13, x=0.01, ha="left")
+    return figure
+
+
 def _new_figure(height_inches):
     figure = Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)

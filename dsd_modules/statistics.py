@@ -48,11 +48,11 @@ def t_interval(differences):
 def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
     """The mean difference over test mixtures, with a 95 % interval over their speakers.
 
-    Mixtures that share a speaker are not independent: what helps this voice helps in all of them. So whole speakers
-    are drawn with replacement, and a mixture weighs the product of how often each of its speakers was drawn: the
-    pigeonhole bootstrap (Owen 2007, The Annals of Applied Statistics 1(2), 386-411). The interval holds the 95 % of
-    the weighted means in the middle. It is wide rather than narrow: of N speakers per mixture who have no effect
-    at all, it is about sqrt(2^N - 1) times as wide as needed.
+    Mixtures that share a speaker are not independent. So whole speakers are drawn with replacement, and a mixture
+    weighs the product of how often each of its N speakers was drawn: the pigeonhole bootstrap (Owen 2007, Annals of
+    Applied Statistics 1(2), 386-411). The interval holds 95 % of the weighted means. Where speakers have no effect,
+    it is about sqrt(2^N - 1) times as wide as needed; where nothing else has one, 20 speakers are few, and it holds
+    the truth in about 90 % of simulated test sets.
 
     Arguments
     ---------
@@ -61,9 +61,8 @@ def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
     speakers : sequence of sequences of str
         Of each mixture its speakers, equally many.
     num_draws : int
-        How often the speakers are drawn. Draws that leave no mixture are repeated.
+        How often the speakers are drawn, not counting draws that leave no mixture.
     seed : int
-        Of the draws.
 
     Returns
     -------
@@ -73,7 +72,7 @@ def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
     Raises
     ------
     ValueError
-        If there are not as many lists of speakers as differences, or the mixtures differ in their number of speakers.
+        If the lengths differ, or the mixtures differ in their number of speakers.
 
     Example
     -------
@@ -82,9 +81,7 @@ def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
     (0.4, 0.1, 0.9)
     """
     if len(differences) != len(speakers):
-        raise ValueError(
-            f"Each difference needs the mixture's speakers, but got {len(differences)} and {len(speakers)}."
-        )
+        raise ValueError(f"Each difference needs its speakers, but got {len(differences)} and {len(speakers)}.")
     if len({len(names) for names in speakers}) > 1 or not all(map(len, speakers)):
         raise ValueError(f"Mixtures must have equally many speakers, but got {sorted(set(map(len, speakers)))}.")
     differences = np.asarray(differences, dtype=float)
@@ -92,7 +89,7 @@ def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
     differences = differences[scored]
     if len(differences) < 2:
         return t_interval(differences)
-    names, index = np.unique(np.asarray(speakers)[scored], return_inverse=True)
+    names, index = np.unique(np.array([list(each) for each in speakers])[scored], return_inverse=True)
     index = index.reshape(len(differences), -1)  # (M, N)
     rng = np.random.default_rng(seed)
 
