@@ -8,6 +8,10 @@ other half. The runs stand in benchmarks/ablation_plan.py; each is a process of 
 stays closed until all runs are trained. The same command again goes on where it was stopped, also from the output's
 csv files alone.
 
+The model is small, so that two cores train a run in ten minutes. Any option of the YAML can be set for all runs:
+
+    python benchmarks/ablation.py --data_folder /path/to/Libri2Mix --set num_filters=256 kernel_size=16 chunk_size=250
+
     OUTPUT/results.csv      a row per regime, arm, seed and epoch
     OUTPUT/test_scores.csv  a row per regime, arm, seed and test mixture
     OUTPUT/runs.csv         where, how long, at which commit, with which command
@@ -28,7 +32,7 @@ from pathlib import Path
 
 import torch
 from ablation_examples import write_examples
-from ablation_plan import REGIMES, Run, num_epochs, overrides, plan
+from ablation_plan import ARMS, REGIMES, Data, Run, num_epochs, overrides, plan
 from ablation_report import write_report
 from tqdm import tqdm
 
@@ -43,6 +47,8 @@ NUM_DEV, NUM_TEST = 100, 200
 
 def make_data(data, arguments):
     """Mix a regime's data, or find them."""
+    if arguments.data_folder:
+        return arguments.data_folder
     root = arguments.output / "data"
     sets = {"train-360": data.num_train, "dev": NUM_DEV, "test": NUM_TEST}
     sets = {name: max(size // arguments.shrink, 4) for name, size in sets.items()}
@@ -105,7 +111,7 @@ class Training:
         self.run = run
         self.device = device
         self.folder = (arguments.output / "runs" / run.regime / run.arm / str(run.seed)).resolve()
-        options = overrides(run, arguments.epochs)
+        options = {**overrides(run, arguments.epochs), **dict(arguments.set)}
         if arguments.shrink > 1:
             options["probe_size"] = 4
         self.command = ["train.py", "hparams/sepformer_dsd.yaml", *_flags(options)]
@@ -205,13 +211,14 @@ def _keep(training, arguments, records, test_at_end):
 
 
 def _speakers(folder):
-    """The speakers of each test mixture, from the metadata beside the mixtures."""
-    with open(folder / "manifests/test.csv", newline="", encoding="utf-8") as stream:
-        mixture = Path(next(csv.DictReader(stream))["mix_wav"])
-    info = next(mixture.parents[4].glob("metadata/*_test_info.csv"))
+    """The speakers of each test mixture: from the metadata beside the mixtures, or as LibriMix's ids tell."""
+    mixtures = _read_csv(folder / "manifests/test.csv")
+    info = list(Path(mixtures[0]["mix_wav"]).parents[4].glob("metadata/*_test_info.csv"))
+    if not info:  # <speaker>-<chapter>-<utterance>_<speaker>-...
+        return {row["ID"]: " ".join(part.split("-")[0] for part in row["ID"].split("_")) for row in mixtures}
     return {
         row["mixture_ID"]: " ".join(value for name, value in row.items() if name.startswith("speaker_"))
-        for row in _read_csv(info)
+        for row in _read_csv(info[0])
     }
 
 
@@ -237,7 +244,7 @@ def _commit():
 def check_settings(arguments):
     """Refuse an output folder whose runs had other settings."""
     path = arguments.output / "settings.json"
-    settings = {"epochs": arguments.epochs, "shrink": arguments.shrink}
+    settings = {"epochs": arguments.epochs, "shrink": arguments.shrink, "set": dict(arguments.set)}
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier != settings:
@@ -248,20 +255,33 @@ def check_settings(arguments):
         stream.write(json.dumps(settings) + "\n")
 
 
+def _setting(text):
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"NAME=VALUE expected, but got {text!r}")
+    return name, value
+
+
 def parse_arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--speech", type=Path, default=os.environ.get("DSD_REALSPEECH"), help="folder of recorded speech"
     )
+    parser.add_argument(
+        "--data_folder", type=Path, help="a Libri2Mix folder, instead of mixing (regimes of other data drop out)"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/ablation"), help="(%(default)s)")
-    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES, help="these alone")
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), metavar="REGIME", help="these alone")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="these arms of the regimes alone")
     parser.add_argument("--seeds", type=int, default=3, help="of the main arms (%(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="of the main arms (%(default)s)")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one per GPU, or per core")
     parser.add_argument("--threads", type=int, default=1, help="of each run, on the CPU (%(default)s)")
     parser.add_argument("--shrink", type=int, default=1, help="divide the sizes of the sets, to rehearse (%(default)s)")
+    parser.add_argument(
+        "--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help="options of the YAML, for every run"
+    )
     parser.add_argument("--dev_only", action="store_true", help="leave the test set closed")
     parser.add_argument("--report_only", action="store_true", help="draw tables and figures from the csv files")
     arguments = parser.parse_args(argv)
@@ -269,9 +289,15 @@ def parse_arguments(argv=None):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, but got {value}")
+    for name, known in (("regimes", REGIMES), ("arms", ARMS)):
+        for value in getattr(arguments, name) or ():
+            if value not in known:
+                parser.error(f"--{name} can only be some of {', '.join(known)}, but got {value}")
     arguments.gpu = torch.cuda.is_available()
     arguments.jobs = arguments.jobs or (torch.cuda.device_count() if arguments.gpu else os.cpu_count())
     arguments.speech = arguments.speech and Path(arguments.speech)
+    if arguments.data_folder:
+        arguments.regimes = [name for name in arguments.regimes if REGIMES[name].data == Data()]
     return arguments
 
 
@@ -290,16 +316,17 @@ def ablation(arguments):
     if arguments.report_only:
         write_report(arguments.output)
         return 0
-    check_settings(arguments)
-    records = Records(arguments.output)
     runs = [run for run in plan(arguments.regimes, arguments.seeds) if not arguments.arms or run.arm in arguments.arms]
     if not runs:
-        raise ValueError(f"no run is left: --arms {' '.join(arguments.arms)} names none of the regimes' arms")
+        arms = "" if arguments.arms is None else f", arms {' '.join(arguments.arms)}"
+        raise ValueError(f"The plan has no run of the regimes {' '.join(arguments.regimes) or 'given'}{arms}.")
+    check_settings(arguments)
+    records = Records(arguments.output)
     is_open = not arguments.dev_only
     untrained = [run for run in runs if not records.is_trained(run, arguments.epochs)]
     untested = [run for run in runs if is_open and REGIMES[run.regime].is_tested and not records.is_tested(run)]
     data = {REGIMES[run.regime].data: None for run in (*untrained, *untested)}
-    if not arguments.speech and any(each.source == "recordings" for each in data):
+    if not (arguments.speech or arguments.data_folder) and any(each.source == "recordings" for each in data):
         raise ValueError("--speech FOLDER (or DSD_REALSPEECH) is needed; without recordings: --regimes synthetic")
     data = {each: make_data(each, arguments).resolve() for each in data}
     failed = run_all(untrained, data, arguments, records, test_at_end=False)
