@@ -105,7 +105,8 @@ def score_batch(est, ref, mixture, lengths=None):
         torch.where(mask, signal, 0.0).double() for signal in (est, ref, mixture.unsqueeze(1))
     )  # (L, B, N, T), (B, N, T), (B, 1, T)
     est = torch.where(est.isfinite().all(-1, keepdim=True), est, 0.0)
-    est = torch.where(is_silent(est, lengths).unsqueeze(-1), 0.0, est)
+    is_silent_est = torch.stack([is_silent(block, lengths) for block in est])  # (L, B, N)
+    est = torch.where(is_silent_est.unsqueeze(-1), 0.0, est)
     perm = solve_assignment(pairwise_neg_si_sdr(est, ref, lengths))  # (L, B, N)
     est = reorder_estimates(est, perm)
 

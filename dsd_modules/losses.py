@@ -14,8 +14,8 @@ _BOUND_DB = 80.0
 _LEAST_SHARE = 1e-8  # of the target or of the distortion in the estimate's energy, at the bound
 # A signal whose AC energy is below this share of its whole energy is silent: digital silence, or a constant.
 _SILENCE = 1e-10
-# On a CPU the signals go to float64 in pieces of this many samples over all speakers, which stay in a cache of 1 MiB.
-_PIECE_SIZE = 2**16
+# On a CPU the signals go to float64 in pieces of this many samples over all speakers: 2 MiB, which a cache holds.
+_PIECE_SIZE = 2**18
 
 
 @dataclass
@@ -70,7 +70,7 @@ def length_mask(lengths, num_samples):
 
 
 def _padding_mask(signal, lengths):
-    """Which samples are padding, ``[B, 1, T]`` (None: none), and how many of each item are not, ``[B, 1]`` or a number."""
+    """Which samples are padding, ``[B, 1, T]`` (None: none), and each item's number of others, ``[B, 1]`` (or one)."""
     if lengths is None:
         return None, signal.shape[-1]
     if lengths.is_floating_point():
@@ -82,7 +82,7 @@ def _padding_mask(signal, lengths):
 def _pieces(ref, num_rows):
     """Slices of items and samples that cover ``num_rows`` signals of each item: small on a CPU, everything on a GPU."""
     batch, num_samples = len(ref), ref.shape[-1]
-    size = max(1, _PIECE_SIZE // num_rows) if ref.device.type == "cpu" else max(1, batch * num_samples)
+    size = max(1, _PIECE_SIZE // max(1, num_rows)) if ref.device.type == "cpu" else max(1, batch * num_samples)
     items = max(1, size // max(1, num_samples))
     for item in range(0, batch, items):
         for sample in range(0, num_samples, size):
@@ -103,15 +103,17 @@ def _statistics(ref, est, is_padding):
     total, energy = ref.new_zeros(2, len(ref), num_refs + num_ests, dtype=torch.float64)
     dot = total.new_zeros(len(ref), num_refs, num_ests)
     for items, samples in _pieces(ref, num_refs + num_ests):
-        refs = _rows(ref, items, samples)
-        rows = total.new_empty(len(refs), num_refs + num_ests, refs.shape[-1])
-        rows[:, :num_refs] = refs
-        rows[:, num_refs:] = _rows(est, items, samples)
+        piece = _rows(ref, items, samples)
+        rows = total.new_empty(len(piece), num_refs + num_ests, piece.shape[-1])
+        refs, ests = rows.split((num_refs, num_ests), 1)
+        refs.copy_(piece)
+        ests.copy_(_rows(est, items, samples))
         if is_padding is not None:
             rows.masked_fill_(is_padding[items, :, samples], 0.0)
-        total[items] += rows.sum(-1)
-        energy[items] += torch.linalg.vector_norm(rows, dim=-1).square()
-        dot[items] += rows[:, :num_refs] @ rows[:, num_refs:].transpose(-1, -2)
+        norm = torch.linalg.vector_norm(rows, dim=-1)  # a dot product would need a copy of the rows
+        total[items].add_(rows.sum(-1))
+        energy[items].addcmul_(norm, norm)
+        dot[items].baddbmm_(refs, ests.transpose(1, 2))
     return total, energy, dot
 
 
@@ -122,7 +124,7 @@ def _ac_energy(energy, total, num_samples):
 
 
 def _signal_gradient(signal, other, own, cross, constant, is_padding):
-    """``cross @ other - own * signal + constant``, in the rows of ``signal``."""
+    """``cross @ other - own * signal + constant``: ``cross [B, rows, other rows]``, the other two ``[B, rows, 1]``."""
     gradient = torch.empty_like(signal)
     dtype = torch.promote_types(signal.dtype, torch.float32)
     own, cross, constant = own.to(dtype), cross.to(dtype), constant.to(dtype)
@@ -136,52 +138,49 @@ def _signal_gradient(signal, other, own, cross, constant, is_padding):
 
 
 class _NegSISDR(torch.autograd.Function):
-    """Negative SI-SDR of all pairs, ``[..., B, N_ref, N_est]``; inside, blocks are further estimates of their item.
+    """Negative SI-SDR of all pairs, ``[B, N_ref, L N_est]``, of ``[B, (L,) N_est, T]`` and ``[B, N_ref, T]``.
 
     With ``c`` the cosine, ``p`` the product and ``E`` the energies of the zero-mean signals, the gradient of
-    ``-10 log10(c^2 / (1 - c^2))`` for an estimate is ``20 / ln 10 / (1 - c^2) (est / E_est - ref / p)``, and likewise for
-    a reference. So the backward pass is one product of matrices, and nothing but the signals is kept for it.
+    ``-10 log10(c^2 / (1 - c^2))`` for an estimate is ``20 / ln 10 / (1 - c^2) (est / E_est - ref / p)``, and likewise
+    for a reference. So the backward pass is one product of matrices, and nothing but the signals is kept for it.
     """
 
     @staticmethod
     def forward(ctx, est, ref, is_padding, num_samples):
-        ctx.shape, num_refs = est.shape, ref.shape[1]
-        est = est.reshape(-1, *est.shape[-3:]).transpose(0, 1)  # (B, L, N_est, T)
         total, energy, dot = _statistics(ref, est, is_padding)
         mean = total / num_samples
         energy, is_silent = _ac_energy(energy, total, num_samples)
-        energy.masked_fill_(is_silent, 1.0)
-        dot.addcmul_(total[:, :num_refs, None], mean[:, None, num_refs:], value=-1)
-        cosine2 = dot.square() / (energy[:, :num_refs, None] * energy[:, None, num_refs:])
-        cosine2.masked_fill_(is_silent[:, :num_refs, None] | is_silent[:, None, num_refs:], 0.0)
+        energy.masked_fill_(is_silent, math.inf)  # its cosines and gradients become 0
+        rows = dot.shape[1:]
+        (ref_mean, _), (_, est_total) = mean.split(rows, 1), total.split(rows, 1)
+        ref_energy, est_energy = energy.split(rows, 1)
+        dot.addcmul_(ref_mean.unsqueeze(2), est_total.unsqueeze(1), value=-1)
+        cosine2 = dot.square().div_(ref_energy.unsqueeze(2) * est_energy.unsqueeze(1))
         ctx.save_for_backward(est, ref, is_padding, mean, energy, dot, cosine2)
         loss = torch.logit(cosine2, eps=_LEAST_SHARE / 10).mul_(-10 / math.log(10)).clamp_(-_BOUND_DB, _BOUND_DB)
-        loss.masked_fill_(is_silent[:, :num_refs, None], 0.0)
-        loss = loss.unflatten(-1, est.shape[1:3]).permute(2, 0, 1, 3)  # (L, B, N_ref, N_est)
-        return loss.reshape(*ctx.shape[:-2], num_refs, ctx.shape[-2]).to(torch.promote_types(est.dtype, torch.float32))
+        loss.masked_fill_(is_silent[:, : rows[0], None], 0.0)
+        return loss.to(torch.promote_types(est.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         est, ref, is_padding, mean, energy, dot, cosine2 = ctx.saved_tensors
-        num_refs = ref.shape[1]
-        gradient = gradient.reshape(-1, *gradient.shape[-3:]).permute(1, 2, 0, 3).flatten(2)  # (B, N_ref, L N_est)
-        is_bound = (cosine2 <= _LEAST_SHARE) | (1 - cosine2 <= _LEAST_SHARE)
-        own = (-20 / math.log(10) * gradient / (1 - cosine2)).masked_fill_(is_bound, 0.0)
-        cross = own / dot.masked_fill(is_bound, 1.0)
-        ref_mean, est_mean = mean.unsqueeze(-1).tensor_split((num_refs,), 1)  # (B, rows, 1)
-        ref_energy, est_energy = energy.unsqueeze(-1).tensor_split((num_refs,), 1)
+        rest = 1 - cosine2
+        is_bound = cosine2 * rest <= _LEAST_SHARE
+        own = (gradient / rest).mul_(-20 / math.log(10)).masked_fill_(is_bound, 0.0)
+        cross = own / dot.masked_fill(is_bound, 1.0)  # (B, N_ref, L N_est)
+        ref_mean, est_mean = mean.unsqueeze(2).split(dot.shape[1:], 1)  # (B, rows, 1)
+        ref_energy, est_energy = energy.unsqueeze(2).split(dot.shape[1:], 1)
         est_gradient = ref_gradient = None
         with torch.autocast(est.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                cross_t, est_own = cross.transpose(1, 2), own.sum(1).unsqueeze(-1) / est_energy
-                constant = est_own * est_mean - cross_t @ ref_mean
-                est_gradient = _signal_gradient(est, ref, est_own, cross_t, constant, is_padding)
-                est_gradient = est_gradient.transpose(0, 1).reshape(ctx.shape)
+                own_est, cross_est = own.sum(1).unsqueeze(2) / est_energy, cross.transpose(1, 2)
+                constant = torch.baddbmm(own_est * est_mean, cross_est, ref_mean, alpha=-1)
+                est_gradient = _signal_gradient(est, ref, own_est, cross_est, constant, is_padding)
             if ctx.needs_input_grad[1]:
-                ref_own = own.sum(2).unsqueeze(-1) / ref_energy
-                constant = ref_own * ref_mean - cross @ est_mean
-                ref_gradient = _signal_gradient(ref, est, ref_own, cross, constant, is_padding)
+                own_ref = own.sum(2).unsqueeze(2) / ref_energy
+                constant = torch.baddbmm(own_ref * ref_mean, cross, est_mean, alpha=-1)
+                ref_gradient = _signal_gradient(ref, est, own_ref, cross, constant, is_padding)
         return est_gradient, ref_gradient, None, None
 
 
@@ -252,7 +251,11 @@ def pairwise_neg_si_sdr(est, ref, lengths=None):
         )
     if lengths is not None and lengths.shape != ref.shape[:1]:
         raise ValueError(f"lengths must be [{ref.shape[0]}], but got the shape {list(lengths.shape)}.")
-    return _NegSISDR.apply(est, ref, *_padding_mask(ref, lengths))
+    if est.dim() == 3:
+        return _NegSISDR.apply(est, ref, *_padding_mask(ref, lengths))
+    blocks = est.reshape(-1, *est.shape[-3:]).transpose(0, 1)  # (B, L, N_est, T): more estimates of the same item
+    matrix = _NegSISDR.apply(blocks, ref, *_padding_mask(ref, lengths)).unflatten(-1, blocks.shape[1:3])
+    return matrix.permute(2, 0, 1, 3).reshape(*est.shape[:-2], *matrix.shape[1::2])  # (..., B, N_ref, N_est)
 
 
 def assigned_loss(loss_matrix, perm):
@@ -276,7 +279,7 @@ def assigned_loss(loss_matrix, perm):
     tensor([0.5000])
     """
     perm = perm.expand(loss_matrix.shape[:-1])
-    return loss_matrix.gather(-1, perm.unsqueeze(-1)).squeeze(-1).mean(-1)
+    return loss_matrix.gather(-1, perm.unsqueeze(-1)).mean((-2, -1))
 
 
 def soft_minimum_loss(loss_matrix, gamma_db):

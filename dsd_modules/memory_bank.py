@@ -7,6 +7,7 @@ batch; of the ids themselves only eight-byte digests are kept, to recognise othe
 import hashlib
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 
@@ -157,7 +158,8 @@ class AssignmentMemoryBank:
         ValueError
             If an id stands twice, or the bank holds other samples already.
         """
-        digests = torch.tensor([_digest(sample_id) for sample_id in sample_ids], dtype=torch.int64)
+        # One by one: a list of ten million integers takes 400 MB.
+        digests = torch.from_numpy(np.fromiter(map(_digest, sample_ids), np.int64, len(sample_ids)))
         order = digests.sort(stable=True)
         twins = (order.values[1:] == order.values[:-1]).nonzero().flatten()
         if len(twins):
@@ -185,10 +187,11 @@ class AssignmentMemoryBank:
         )
 
     def _check_rows(self, rows):
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
-            raise IndexError(f"Rows must be below {len(self)}, but got {rows.tolist()}.")
-        if len(rows.unique()) != len(rows):
-            raise ValueError(f"A batch holds each sample once, but got the rows {rows.tolist()}.")
+        rows = rows.tolist()
+        if rows and not 0 <= min(rows) <= max(rows) < len(self):
+            raise IndexError(f"Rows must be below {len(self)}, but got {rows}.")
+        if len(set(rows)) != len(rows):
+            raise ValueError(f"A batch holds each sample once, but got the rows {rows}.")
 
     def lookup(self, rows):
         """The entries of some samples.
@@ -205,7 +208,7 @@ class AssignmentMemoryBank:
         """
         rows = rows.cpu()
         self._check_rows(rows)
-        entries = Entries(**{field.name: getattr(self._entries, field.name)[rows] for field in fields(Entries)})
+        entries = Entries(**{name: column.index_select(0, rows) for name, column in vars(self._entries).items()})
         entries.best_perm, entries.last_perm = entries.best_perm.long(), entries.last_perm.long()
         return entries
 
@@ -258,22 +261,25 @@ class AssignmentMemoryBank:
         stored = self.lookup(rows)
         decision = decide(stored, perm, metric, self.rule_mode, self.margin_db, self.patience, self.quota, valid)
         entries = record(decision, perm, metric)
-        for field in fields(Entries):
-            column = getattr(self._entries, field.name)
-            column[rows] = getattr(entries, field.name).to(column.dtype)
-        self._is_touched[rows[decision.is_counted]] = True
-
-        counts = self.counts
-        num_counted = int(decision.is_counted.sum())
-        counts.visits += len(rows)
-        counts.uncounted += len(rows) - num_counted
-        counts.revisits += int((decision.is_counted & (stored.num_visits > 0)).sum())
-        counts.label_switches += int(decision.is_switched.sum())
-        counts.dropped_samples += int((decision.action == DROP).sum())
-        counts.reordered_samples += int((decision.action == REORDER).sum())
-        counts.readmitted_samples += int(decision.is_readmitted.sum())
-        counts.all_dropped_batches += int(len(rows) > 0 and not decision.keep.any())
+        for name, column in vars(self._entries).items():
+            column.index_copy_(0, rows, getattr(entries, name).to(column.dtype))
+        self._is_touched.index_copy_(0, rows, self._is_touched.index_select(0, rows) | decision.is_counted)
+        self._count(decision)
         return decision
+
+    def _count(self, decision):
+        # Lists: for the few samples of a batch, faster than operations on tensors.
+        action, is_counted = decision.action.tolist(), decision.is_counted.tolist()
+        num_earlier_visits = decision.stored.num_visits.tolist()
+        counts = self.counts
+        counts.visits += len(action)
+        counts.uncounted += is_counted.count(False)
+        counts.revisits += sum(num > 0 for num, counted in zip(num_earlier_visits, is_counted, strict=True) if counted)
+        counts.label_switches += sum(decision.is_switched.tolist())
+        counts.dropped_samples += action.count(DROP)
+        counts.reordered_samples += action.count(REORDER)
+        counts.readmitted_samples += sum(decision.is_readmitted.tolist())
+        counts.all_dropped_batches += int(0 < len(action) == action.count(DROP))
 
     def start_epoch(self, epoch):
         """Begin an epoch with counts of zero; going on inside the same epoch, after a resume, keeps them."""

@@ -7,6 +7,7 @@ and a loss matrix is ``[..., n_ref, n_est]``.
 import functools
 import itertools
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -97,10 +98,8 @@ def solve_assignment(loss_matrix, method="auto"):
         losses, perms = permutation_losses(_finite(loss_matrix))
         return perms[losses.argmin(-1)]  # (..., N)
     matrices = _finite(loss_matrix).reshape(-1, num_spks, num_spks).cpu().numpy()
-    perm = [torch.from_numpy(linear_sum_assignment(matrix)[1]) for matrix in matrices]
-    if not perm:
-        return torch.empty(loss_matrix.shape[:-1], dtype=torch.int64, device=loss_matrix.device)
-    return torch.stack(perm).reshape(loss_matrix.shape[:-1]).to(loss_matrix.device)
+    perm = np.array([linear_sum_assignment(matrix)[1] for matrix in matrices], dtype=np.int64)
+    return torch.from_numpy(perm).reshape(loss_matrix.shape[:-1]).to(loss_matrix.device)
 
 
 def assignment_margin(loss_matrix):

@@ -102,33 +102,35 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
     if mode not in MODES:
         raise ValueError(f"mode can only be one of {', '.join(MODES)}, but got {mode!r}.")
     is_counted = torch.isfinite(metric) if valid is None else torch.isfinite(metric) & valid
-    is_first = is_counted & (stored.num_visits == 0)
-    is_better = is_counted & ~is_first & (metric > stored.best_metric)
-    is_switched = is_counted & ~is_first & (perm != stored.last_perm).any(-1)
+    is_seen = stored.num_visits > 0
+    is_first, is_revisit = is_counted & ~is_seen, is_counted & is_seen
+    never = torch.zeros_like(is_seen)
+    is_better = is_revisit & (metric > stored.best_metric)
+    is_switched = is_revisit & (perm != stored.last_perm).any(-1)
 
-    differs = is_counted & ~is_first & (perm != stored.best_perm).any(-1)
+    differs = is_revisit & (perm != stored.best_perm).any(-1)
     if mode == "fixed":
         return Decision(
             stored=stored,
             action=torch.where(differs, REORDER, KEEP),
             perm=torch.where(differs.unsqueeze(-1), stored.best_perm, perm),
             is_renewed=is_first,
-            is_readmitted=torch.zeros_like(is_first),
+            is_readmitted=never,
             is_switched=is_switched,
             is_counted=is_counted,
         )
 
-    is_excludable = differs & ~is_better & (metric <= stored.best_metric - margin_db) & (mode != "none")
-    is_readmitted = is_excludable & (patience > 0) & (stored.exclusion_run >= patience)
+    is_excludable = never if mode == "none" else differs & ~is_better & (metric <= stored.best_metric - margin_db)
+    is_readmitted = is_excludable & (stored.exclusion_run >= patience) if patience > 0 else never
     is_excluded = is_excludable & ~is_readmitted
     if quota is not None:
-        is_excluded &= is_excluded.cumsum(0) <= quota
+        is_excluded = is_excluded & (is_excluded.cumsum(0) <= quota)
 
-    action = torch.where(is_excluded, REORDER if mode == "reorder" else DROP, KEEP)
+    is_reordered = is_excluded if mode == "reorder" else never
     return Decision(
         stored=stored,
-        action=action,
-        perm=torch.where((action == REORDER).unsqueeze(-1), stored.best_perm, perm),
+        action=torch.where(is_excluded, REORDER if mode == "reorder" else DROP, KEEP),
+        perm=torch.where(is_reordered.unsqueeze(-1), stored.best_perm, perm),
         is_renewed=is_first | is_better | is_readmitted,
         is_readmitted=is_readmitted,
         is_switched=is_switched,
@@ -167,7 +169,7 @@ def record(decision, perm, metric):
         best_metric=torch.where(renewed, metric, stored.best_metric),
         best_perm=torch.where(renewed.unsqueeze(-1), perm, stored.best_perm),
         last_perm=torch.where(counted.unsqueeze(-1), perm, stored.last_perm),
-        num_visits=stored.num_visits + counted.to(stored.num_visits.dtype),
-        num_exclusions=stored.num_exclusions + excluded.to(stored.num_exclusions.dtype),
+        num_visits=stored.num_visits + counted,
+        num_exclusions=stored.num_exclusions + excluded,
         exclusion_run=torch.where(excluded, stored.exclusion_run + 1, stored.exclusion_run * ~counted),
     )

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dsd_modules import losses
 from dsd_modules.losses import (
     PITLoss,
     assigned_loss,
@@ -403,7 +404,55 @@ def test_float64_stays_float64():
     assert PITLoss()(est, ref).loss.dtype == torch.float64
 
 
+# Pieces: on a CPU, the sums run over pieces of the signals
+
+
+@pytest.mark.parametrize("piece_size", [1, 50, 1000, 4000])
+@pytest.mark.parametrize("lengths", [None, [200, 1, 130, 77]])
+@pytest.mark.parametrize("num_blocks", [None, 3])
+def test_pieces_change_nothing(num_blocks, lengths, piece_size, monkeypatch):
+    # 200 samples of 6 or 12 rows: pieces of a sample, of a part of an item, of one item, and of several.
+    est, ref, _ = signals(3, num_samples=200)
+    est = est if num_blocks is None else torch.stack([est, est.roll(1, 1), est + ref])
+    lengths = None if lengths is None else torch.tensor(lengths)
+
+    def matrix_and_gradients():
+        leaves = est.clone().requires_grad_(), ref.clone().requires_grad_()
+        matrix = pairwise_neg_si_sdr(*leaves, lengths)
+        weights = torch.arange(matrix.numel(), dtype=matrix.dtype).view_as(matrix)
+        return matrix, *torch.autograd.grad((weights * matrix).sum(), leaves), is_silent(ref, lengths)
+
+    expected = matrix_and_gradients()
+    monkeypatch.setattr(losses, "_PIECE_SIZE", piece_size)
+    for result, whole in zip(matrix_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(result, whole)
+
+
+def test_long_signals_are_never_copied_to_float64():
+    est, ref = torch.randn(4, 2, 100_000, requires_grad=True), torch.randn(4, 2, 100_000)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        PITLoss()(est, ref).loss.sum().backward()
+    largest = max(event.cpu_memory_usage for event in profiler.events())
+    assert largest <= est.nbytes  # the gradient
+
+
 # Gradients
+
+
+@pytest.mark.parametrize("num_spks", [1, 3])
+def test_gradcheck_of_blocks_and_of_more_estimates_than_references(num_spks):
+    est, ref, _ = signals(3, batch=2, num_samples=12)
+    est = torch.stack([est, est.flip(1) + 0.1 * ref]).requires_grad_()
+    ref = ref[:, :num_spks].clone().requires_grad_()
+    assert torch.autograd.gradcheck(pairwise_neg_si_sdr, (est, ref))
+
+
+def test_gradient_under_autocast_is_that_without():
+    est, ref, _ = signals(3, dtype=torch.float32)
+    _, expected = gradient(est, ref)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, result = gradient(est, ref)
+    assert torch.equal(result, expected)
 
 
 def test_gradcheck_pairwise_with_lengths():

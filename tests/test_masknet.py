@@ -15,7 +15,7 @@ from speechbrain.lobes.models.dual_path import (
 from speechbrain.lobes.models.transformer.Transformer import PositionalEncoding
 from speechbrain.nnet.attention import MultiheadAttention
 
-from dsd_modules.masknet import DualPathMaskNet, _positional_encoding, _self_attention
+from dsd_modules.masknet import DualPathMaskNet, _overlap_add, _positional_encoding, _segment, _self_attention
 from dsd_modules.separator import separate
 
 CHANNELS = 8
@@ -164,6 +164,38 @@ def test_autocast_is_close_and_finite():
         plain, padded = masknet(x), masknet(x, lengths)
     assert_close(plain.float(), masknet(x), relative=0.1)
     assert_close(padded.float(), masknet(x, lengths), relative=0.1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_norms_are_computed_again_in_the_backward_pass(monkeypatch, dtype):
+    """The gradients are the same bit by bit. With autocast it is the narrow copy that is kept."""
+    x = torch.randn(2, CHANNELS, 73)
+    gradients = []
+    for threshold, num_calls in ((0, 1 if dtype else 2), (float("inf"), 1)):
+        monkeypatch.setattr("dsd_modules.masknet._BYTES_WORTH_SAVING", threshold)
+        masknet, calls = small_masknet(), []
+        norm = masknet.dual_mdl[1].inter_mdl.mdl.layers[0].norm2
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            masks = masknet(x)
+        masks.float().square().sum().backward()
+        assert len(calls) == num_calls
+        gradients.append([p.grad for p in masknet.parameters()])
+    for again, kept in zip(*gradients, strict=True):
+        assert torch.equal(again, kept)
+
+
+@pytest.mark.parametrize("K", [2, 7, 10])
+@pytest.mark.parametrize("num_frames", [1, 5, 20, 35])
+def test_chunks_equal_speechbrains(K, num_frames):
+    peer = peer_of(small_masknet())
+    x = torch.randn(2, 3, num_frames)
+    chunks, gap = _segment(x, K)
+    expected, expected_gap = peer._Segmentation(x, K)
+    assert torch.equal(chunks, expected)
+    assert gap == expected_gap
+    assert torch.equal(_overlap_add(chunks, gap), peer._over_add(expected, gap))
+    assert chunks.permute(0, 3, 2, 1).is_contiguous()
 
 
 # --- blocks ---
