@@ -25,6 +25,7 @@ import csv
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -304,8 +305,12 @@ def parse_arguments(argv=None):
 def main(argv=None):
     """The command; returns the exit status."""
     arguments = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated; the same command goes on"))
     try:
         return ablation(arguments)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
