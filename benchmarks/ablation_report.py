@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import matplotlib
 from ablation_figures import blocks, differences, label_switches, learning_curves
@@ -141,13 +140,13 @@ class Ablation:
         return Difference(by_seed, t_interval(list(by_seed.values())), over_speakers)
 
     def relative_seconds(self, regime, arm):
-        """The median of the epochs' seconds, as a multiple of plain PIT's with the same seeds."""
+        """The fastest epoch's seconds, which a busy machine moves least, as a multiple of plain PIT's."""
         common = set(self.seeds(regime, arm)) & set(self.seeds(regime, PLAIN_PIT))
         seconds, reference_seconds = (
             [value for seed in common for value in epoch_series(self.histories[Run(regime, name, seed)], "seconds")[1]]
             for name in (arm, PLAIN_PIT)
         )
-        return median(seconds) / median(reference_seconds) if seconds and reference_seconds else math.nan
+        return min(seconds) / min(reference_seconds) if seconds and reference_seconds else math.nan
 
 
 def _mean(values):
@@ -235,7 +234,7 @@ def _behaviour(ablation):
     return _table(
         f"Behaviour ({_MAIN})",
         "Means over seeds: label switches and excluded samples in the second half of the epochs, the dev samples that "
-        "block 1 assigns unlike the final block in the last epoch, and the time of an epoch relative to plain PIT's.",
+        "block 1 assigns unlike the final block in the last epoch, and the fastest epoch's time relative to plain PIT's.",
         "arm|switches in training|switches, probe set|excluded|layer-decoupling|time of an epoch",
         rows,
     )
@@ -274,9 +273,19 @@ def _regimes(ablation):
         "Regimes",
         "SI-SDRi in dB and the difference to plain PIT in the same regime with the same seeds, with its 95 % interval "
         "over test speakers (it knows nothing of other seeds); label switches in training and excluded samples in the "
-        "second half of the epochs.",
+        f"second half of the epochs. {_over_all_pairs(ablation)}",
         "regime|arm|seeds|scored on|SI-SDRi|difference|over speakers|block 1|switches|to plain PIT's|excluded",
         [_regime_row(ablation, *row) for row in rows],
+    )
+
+
+def _over_all_pairs(ablation):
+    """DSD + LO against plain PIT over every regime and seed, in a sentence."""
+    pairs = [value for regime in REGIMES for value in ablation.difference(regime, DSD_LO).by_seed.values()]
+    interval = t_interval(pairs)
+    return (
+        f"Over all {len(pairs)} pairs of regime and seed, {ARMS[DSD_LO].label} differs from plain PIT by "
+        f"{_signed(interval.mean, unit=' dB')}, 95 % t interval {_interval(interval)}."
     )
 
 
