@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 from ablation_examples import write_examples
@@ -190,8 +191,8 @@ def run_all(runs, data, arguments, records, test_at_end):
 def _keep(training, arguments, records, test_at_end):
     """Copy what a finished process left into the csv files."""
     run = training.run
+    records.put("results", run, _with_exclusions(training.history(), training.folder / "exclusions.csv"))
     if not test_at_end:
-        records.put("results", run, training.history())
         about = {
             "device": torch.cuda.get_device_name(training.device) if arguments.gpu else _processor(),
             "threads": arguments.threads,
@@ -209,6 +210,21 @@ def _keep(training, arguments, records, test_at_end):
         kept = {name: value for name, value in row.items() if "spk" not in name}
         rows.append({"id": sample_id, "speakers": speakers[sample_id], **kept})
     records.put("test_scores", run, rows)
+
+
+def _with_exclusions(history, audit):
+    """The history with what the audit tells of each epoch's excluded samples.
+
+    Their mean SI-SDR (or what ``dsd_metric`` is), and the median of how much worse it is than the stored one, in dB.
+    """
+    exclusions = {}
+    for row in _read_csv(audit):
+        exclusions.setdefault(row["epoch"], []).append((float(row["metric"]), float(row["stored_metric"])))
+    for row in history:
+        excluded = exclusions.get(row["epoch"])
+        row["excluded_metric"] = round(mean(metric for metric, _ in excluded), 4) if excluded else ""
+        row["excluded_gap"] = round(median(stored - metric for metric, stored in excluded), 4) if excluded else ""
+    return history
 
 
 def _speakers(folder):

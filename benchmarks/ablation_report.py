@@ -27,6 +27,9 @@ _BY_EPOCH = {
     "label_switch_rate": "Label switches in training, % of samples",
     "probe_label_switch_rate": "Label switches on the probe set, % of samples",
     "excluded_rate": "Excluded (dropped or reordered), % of samples",
+    "train_si_sdr": "SI-SDR of the training samples, dB",
+    "excluded_metric": "SI-SDR of the excluded ones, dB",
+    "excluded_gap": "How much worse the excluded ones are than their best, median, dB",
     "valid_layer_decoupling_block1": "Layer-decoupling of block 1, % of dev samples",
     "valid_si_sdri": "Dev SI-SDRi, dB",
 }
@@ -234,7 +237,7 @@ def _behaviour(ablation):
     return _table(
         f"Behaviour ({_MAIN})",
         "Means over seeds: label switches and excluded samples in the second half of the epochs, the dev samples that "
-        "block 1 assigns unlike the final block in the last epoch, and the fastest epoch's time relative to plain PIT's.",
+        "block 1 assigns unlike the final block in the last epoch, and the time of the fastest epoch over plain PIT's.",
         "arm|switches in training|switches, probe set|excluded|layer-decoupling|time of an epoch",
         rows,
     )
@@ -252,7 +255,7 @@ def _every_seed(ablation):
 def _by_epoch(ablation, regime, column, title):
     histories = {arm: {row["epoch"]: row for row in ablation.history(regime, arm)} for arm in ablation.arms(regime)}
     epochs = sorted({epoch for history in histories.values() for epoch in history})
-    scale, digits = (1, 2) if column == "valid_si_sdri" else (100, 1)
+    scale, digits = (100, 1) if "%" in title else (1, 2)
     rows = []
     for arm, history in histories.items():
         values = [history.get(epoch, {}).get(column, math.nan) for epoch in epochs]

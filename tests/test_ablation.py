@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+from ablation import _with_exclusions
 from ablation_plan import ARMS, MAIN_ARMS, PLAIN_PIT, REGIMES, TRAINING, Run, num_epochs, overrides, plan
 
 from dsd_modules.options import check_options, read_options
@@ -101,6 +102,14 @@ def test_the_command_trains_then_tests_then_reports_and_goes_on(tmp_path):
     assert other.returncode == 2
     assert "give these settings, or another --output" in other.stderr
     assert other.stderr.startswith("error: ")
+
+
+def test_exclusions_are_told_by_epoch(tmp_path):
+    audit = tmp_path / "exclusions.csv"
+    audit.write_text("epoch,id,stored_metric,metric\n2,a,3.0,1.0\n2,b,5.0,4.5\n2,c,1.0,-4.0\n")
+    history = _with_exclusions([{"epoch": "1"}, {"epoch": "2"}], audit)
+    assert history[0] == {"epoch": "1", "excluded_metric": "", "excluded_gap": ""}
+    assert history[1] == {"epoch": "2", "excluded_metric": 0.5, "excluded_gap": 2.0}
 
 
 def test_without_recordings_one_sentence_says_what_is_needed(tmp_path):
