@@ -5,8 +5,8 @@
 FOLDER holds ``libri_train/metadata.csv`` and ``libri_test/metadata.csv`` (columns id, speaker, path). Training
 mixtures are made from the first; dev mixtures from the first half of the second's speakers, test mixtures from the
 other half. The runs stand in benchmarks/ablation_plan.py; each is a process of the recipe's train.py. The test set
-stays closed until all runs are trained. The same command again goes on where it was stopped, also from the output's
-csv files alone.
+stays closed until all runs of the command are trained. The same command again goes on where it was stopped, also from
+the output's csv files alone.
 
 The model is small, so that two cores train a run in ten minutes. Any option of the YAML can be set for all runs:
 
@@ -40,11 +40,15 @@ from tqdm import tqdm
 
 from dsd_modules.data.generate import generate_synthetic, mix_recordings
 from dsd_modules.evaluation import read_results
-from dsd_modules.files import write_whole
+from dsd_modules.files import lock_folder, write_whole
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/LibriMix/separation"
 KEY = ("regime", "arm", "seed")
 NUM_DEV, NUM_TEST = 100, 200
+# What --set must leave alone.
+OWN_OPTIONS = {name for each in (*ARMS.values(), *REGIMES.values()) for name in each.overrides} - {"lr", "batch_size"}
+OWN_OPTIONS |= {"seed", "number_of_epochs", "cascade_pit_epochs", "cascade_fixed_epochs", "data_folder"}
+OWN_OPTIONS |= {"output_folder", "save_folder", "device", "test_at_end"}
 
 
 def make_data(data, arguments):
@@ -58,7 +62,7 @@ def make_data(data, arguments):
     if data.source == "synthetic":
         return generate_synthetic(root, **options)
     evaluation = arguments.speech / "libri_test/metadata.csv"
-    num_speakers = len({row["speaker"] for row in _read_csv(evaluation)})
+    num_speakers = len({row["speaker"] for row in _read_csv(evaluation, ("speaker",))})
     corpora = {
         "train-360": arguments.speech / "libri_train/metadata.csv",
         "dev": f"{evaluation}:0:{num_speakers // 2}",
@@ -67,9 +71,13 @@ def make_data(data, arguments):
     return mix_recordings(root, corpora, **options)
 
 
-def _read_csv(path):
+def _read_csv(path, columns=()):
     with open(path, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+        table = csv.DictReader(stream)
+        for column in columns:
+            if column not in (table.fieldnames or ()):
+                raise ValueError(f"{path} lacks the column {column!r}.")
+        return list(table)
 
 
 def _write_csv(path, rows):
@@ -89,7 +97,7 @@ class Records:
         for name in ("results", "test_scores", "runs"):
             path = folder / f"{name}.csv"
             self.tables[name] = {}
-            for row in _read_csv(path) if path.exists() else []:
+            for row in _read_csv(path, KEY) if path.exists() else []:
                 self.tables[name].setdefault(Run(row["regime"], row["arm"], int(row["seed"])), []).append(row)
 
     def put(self, name, run, rows):
@@ -120,8 +128,9 @@ class Training:
         folders = {"data_folder": data_folder, "output_folder": self.folder}
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.start = time.time()
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+        self.commit = _commit()
+        self.log = self.folder / ("test_log.txt" if test_at_end else "log.txt")
+        with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.command, *_flags({**folders, "test_at_end": test_at_end, "device": device})],
                 cwd=RECIPE,
@@ -138,10 +147,10 @@ class Training:
 
     def last_words(self):
         """The log's last error, and where the log is."""
-        log = self.folder / "log.txt"
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-        return f"{errors[-1] if errors else 'no error was told'} (see {log})"
+        reason = errors[-1] if errors else f"ended with exit status {self.process.returncode}"
+        return f"{reason} (see {self.log})"
 
 
 def _flags(options):
@@ -197,8 +206,8 @@ def _keep(training, arguments, records, test_at_end):
             "device": torch.cuda.get_device_name(training.device) if arguments.gpu else _processor(),
             "threads": arguments.threads,
             "jobs": arguments.jobs,
-            "commit": _commit(),
-            "seconds": round(time.time() - training.start),
+            "commit": training.commit,
+            "seconds": round(sum(float(row["seconds"] or 0) for row in training.history())),  # of training
             "command": " ".join(training.command),
         }
         records.put("runs", run, [about])
@@ -218,7 +227,7 @@ def _with_exclusions(history, audit):
     Their mean SI-SDR (or what ``dsd_metric`` is), and the median of how much worse it is than the stored one, in dB.
     """
     exclusions = {}
-    for row in _read_csv(audit):
+    for row in _read_csv(audit):  # cascaded PIT's fixed stage is no exclusion by the metric, but shows here too
         exclusions.setdefault(row["epoch"], []).append((float(row["metric"]), float(row["stored_metric"])))
     for row in history:
         excluded = exclusions.get(row["epoch"])
@@ -235,7 +244,7 @@ def _speakers(folder):
         return {row["ID"]: " ".join(part.split("-")[0] for part in row["ID"].split("_")) for row in mixtures}
     return {
         row["mixture_ID"]: " ".join(value for name, value in row.items() if name.startswith("speaker_"))
-        for row in _read_csv(info[0])
+        for row in _read_csv(info[0], ("mixture_ID",))
     }
 
 
@@ -259,23 +268,23 @@ def _commit():
 
 
 def check_settings(arguments):
-    """Refuse an output folder whose runs had other settings."""
+    """The settings that all runs of an output folder share; a folder of other ones is refused."""
     path = arguments.output / "settings.json"
     settings = {"epochs": arguments.epochs, "shrink": arguments.shrink, "set": dict(arguments.set)}
+    settings["data_folder"] = arguments.data_folder and arguments.data_folder.name
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier != settings:
             raise ValueError(f"{path} says {earlier}, but got {settings}; give these settings, or another --output.")
-        return
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with write_whole(path, "w") as stream:
-        stream.write(json.dumps(settings) + "\n")
+    return settings
 
 
 def _setting(text):
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"NAME=VALUE expected, but got {text!r}")
+    if name in OWN_OPTIONS:
+        raise argparse.ArgumentTypeError(f"{name} is what the runs differ in, or the ablation's own")
     return name, value
 
 
@@ -297,7 +306,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--threads", type=int, default=1, help="of each run, on the CPU (%(default)s)")
     parser.add_argument("--shrink", type=int, default=1, help="divide the sizes of the sets, to rehearse (%(default)s)")
     parser.add_argument(
-        "--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help="options of the YAML, for every run"
+        "--set",
+        type=_setting,
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="NAME=VALUE",
+        help="options of the YAML, for every run",
     )
     parser.add_argument("--dev_only", action="store_true", help="leave the test set closed")
     parser.add_argument("--report_only", action="store_true", help="draw tables and figures from the csv files")
@@ -321,7 +336,8 @@ def parse_arguments(argv=None):
 def main(argv=None):
     """The command; returns the exit status."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated; the same command goes on"))
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, lambda *_: sys.exit("error: terminated; the same command goes on"))
     try:
         return ablation(arguments)
     except KeyboardInterrupt:
@@ -341,7 +357,13 @@ def ablation(arguments):
     if not runs:
         arms = "" if arguments.arms is None else f", arms {' '.join(arguments.arms)}"
         raise ValueError(f"The plan has no run of the regimes {' '.join(arguments.regimes) or 'given'}{arms}.")
-    check_settings(arguments)
+    if arguments.data_folder and not arguments.data_folder.is_dir():
+        raise ValueError(f"--data_folder {arguments.data_folder} is no folder.")
+    for run in runs:
+        overrides(run, arguments.epochs)
+    settings = check_settings(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(arguments.output)  # until the end
     records = Records(arguments.output)
     is_open = not arguments.dev_only
     untrained = [run for run in runs if not records.is_trained(run, arguments.epochs)]
@@ -350,12 +372,16 @@ def ablation(arguments):
     if not (arguments.speech or arguments.data_folder) and any(each.source == "recordings" for each in data):
         raise ValueError("--speech FOLDER (or DSD_REALSPEECH) is needed; without recordings: --regimes synthetic")
     data = {each: make_data(each, arguments).resolve() for each in data}
+    with write_whole(arguments.output / "settings.json") as stream:
+        stream.write(json.dumps(settings) + "\n")
     failed = run_all(untrained, data, arguments, records, test_at_end=False)
     if not failed:
         failed = run_all(untested, data, arguments, records, test_at_end=True)
-    write_examples(arguments.output)
     if records.tables["results"]:
         write_report(arguments.output)
+    if not failed and is_open and any(data.values()):
+        write_examples(arguments.output)
+    del lock
     return 1 if failed else 0
 
 

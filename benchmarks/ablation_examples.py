@@ -1,21 +1,22 @@
 """What plain PIT and DSD + LO make of the same mixture: spectrograms, and the audio of synthetic voices."""
 
+import math
+
 from ablation_plan import ARMS, DSD_LO, PLAIN_PIT
 
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.evaluation import read_results
 from dsd_modules.files import write_whole
+from dsd_modules.options import read_options
 from dsd_modules.report import draw_separations
 from dsd_modules.results import separate_example
-
-SAMPLE_RATE = 8000  # Hz, of all data of the ablation
 
 
 def write_examples(output):
     """Separate a test mixture of the main regime, and one of synthetic voices, with the models of the first seed.
 
-    The mixture is the one of which plain PIT's improvement is the median. Where the runs' folders are gone, nothing is
-    written.
+    The mixture is the one of which plain PIT's improvement is the median. Where the runs' folders are gone, or the
+    figure is there, nothing is written.
 
     Arguments
     ---------
@@ -24,15 +25,17 @@ def write_examples(output):
     """
     for regime in ("main", "synthetic"):
         runs = {arm: output / "runs" / regime / arm / "1" for arm in (PLAIN_PIT, DSD_LO)}
-        if not all((run / "exported").is_dir() for run in runs.values()):
+        figure_path = output / f"separation_{regime}.png"
+        if figure_path.exists() or not all((run / "exported").is_dir() for run in runs.values()):
             continue
+        _, options = read_options(runs[PLAIN_PIT] / "hyperparams.yaml")
         scores, _ = read_results(runs[PLAIN_PIT] / "test_results.csv")
-        ranked = sorted((row["si_sdri"], sample_id) for sample_id, row in scores.items())
-        test_set = MixtureDataset(runs[PLAIN_PIT] / "manifests/test.csv", SAMPLE_RATE)
+        ranked = sorted((row["si_sdri"], name) for name, row in scores.items() if math.isfinite(row["si_sdri"]))
+        test_set = MixtureDataset(runs[PLAIN_PIT] / "manifests/test.csv", options["sample_rate"])
         item = test_set[test_set.data_ids.index(ranked[len(ranked) // 2][1])]
         examples = {}
         for arm, run in runs.items():
             folder = output / "examples" / arm if regime == "synthetic" else run / "examples"
             examples[ARMS[arm].label] = separate_example(run / "exported", item, folder)
-        with write_whole(output / f"separation_{regime}.png", "wb") as stream:
+        with write_whole(figure_path, "wb") as stream:
             draw_separations(examples).savefig(stream, format="png")

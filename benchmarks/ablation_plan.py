@@ -84,7 +84,7 @@ REGIMES = {
     "half": Regime("half as long", (*_PAIR, "dsd_drop_lo_margin1", "dsd_drop_lo_independent"), length=0.5),
     "three_speakers": Regime("3 speakers", _PAIR, data=Data(num_spks=3), overrides={"num_spks": 3}, length=0.5),
     "four_blocks": Regime("4 blocks", _PAIR, overrides={"num_blocks": 4}, length=0.5),
-    "small_train": Regime("300 training mixtures, as many steps", _PAIR, data=Data(num_train=300), length=2),
+    "small_train": Regime("300 training mixtures, half as long", _PAIR, data=Data(num_train=300), length=2),
     "random_crops": Regime(
         "random 2 s crops of mixtures up to 6 s",
         (*_PAIR, "dsd_drop_lo_si_sdri"),
@@ -98,7 +98,7 @@ REGIMES = {
         overrides={"segment": "fixed"},
         length=0.5,
     ),
-    "synthetic": Regime("synthetic voices", _PAIR, data=Data(source="synthetic")),
+    "synthetic": Regime("synthetic voices", _PAIR, data=Data(source="synthetic"), length=0.5),
 }
 
 # The small model and its training; chosen by the search on plain PIT and the dev set.
@@ -176,12 +176,19 @@ def overrides(run, epochs):
     -------
     dict
 
+    Raises
+    ------
+    ValueError
+        If a run with stages has fewer epochs than these.
+
     Example
     -------
     >>> overrides(Run("three_speakers", "plain_pit", 1), 6)["num_spks"]
     3
     """
     number_of_epochs = num_epochs(run, epochs)
+    if ARMS[run.arm].overrides["dsd_mode"] == "cascade" and number_of_epochs < 3:
+        raise ValueError(f"{run.arm} has three stages and needs at least 3 epochs, but got {number_of_epochs}.")
     options = {
         **TRAINING,
         **REGIMES[run.regime].overrides,

@@ -330,8 +330,10 @@ class SeparationBrain(sb.Brain):
             row.update({f"train_{name}": value for name, value in train.items()})
             row.update({f"valid_{name}": value for name, value in valid.items()})
             hparams.history.append(row)
+        # What a cascade learned before its restart is not its result.
+        is_result = epoch >= (hparams.memory_bank.restart_epoch or 1)
         self.checkpointer.save_and_keep_only(
-            meta={"si_sdri": valid["si_sdri"], "epoch": epoch},
+            meta={"si_sdri": valid["si_sdri"] if is_result else -math.inf, "epoch": epoch},
             num_to_keep=hparams.num_to_keep,
             max_keys=["si_sdri"],
         )

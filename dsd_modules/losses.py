@@ -97,7 +97,7 @@ def _rows(signal, items, samples):
 def _statistics(ref, est, is_padding):
     """Sums and energies ``[B, rows]`` of the references and then the estimates, and products ``[B, N_ref, L N_est]``.
 
-    Float64 sums keep the closed form of SI-SDR exact; piece by piece, there is no float64 copy of the signals.
+    Float64 sums keep the closed form of SI-SDR exact. Piece by piece, no float64 copy of the signals is made on a CPU.
     """
     num_refs, num_ests = ref.shape[1], est.shape[1:-1].numel()
     total, energy = ref.new_zeros(2, len(ref), num_refs + num_ests, dtype=torch.float64)
@@ -142,7 +142,7 @@ class _NegSISDR(torch.autograd.Function):
 
     With ``c`` the cosine, ``p`` the product and ``E`` the energies of the zero-mean signals, the gradient of
     ``-10 log10(c^2 / (1 - c^2))`` for an estimate is ``20 / ln 10 / (1 - c^2) (est / E_est - ref / p)``, and likewise
-    for a reference. So the backward pass is one product of matrices, and nothing but the signals is kept for it.
+    for a reference. So the backward pass is one product of matrices, and keeps the signals, but no copy of them.
     """
 
     @staticmethod
@@ -253,7 +253,7 @@ def pairwise_neg_si_sdr(est, ref, lengths=None):
         raise ValueError(f"lengths must be [{ref.shape[0]}], but got the shape {list(lengths.shape)}.")
     if est.dim() == 3:
         return _NegSISDR.apply(est, ref, *_padding_mask(ref, lengths))
-    blocks = est.reshape(-1, *est.shape[-3:]).transpose(0, 1)  # (B, L, N_est, T): more estimates of the same item
+    blocks = est.flatten(0, -4).transpose(0, 1)  # (B, L, N_est, T): more estimates of the same item
     matrix = _NegSISDR.apply(blocks, ref, *_padding_mask(ref, lengths)).unflatten(-1, blocks.shape[1:3])
     return matrix.permute(2, 0, 1, 3).reshape(*est.shape[:-2], *matrix.shape[1::2])  # (..., B, N_ref, N_est)
 

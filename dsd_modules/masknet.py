@@ -366,7 +366,8 @@ def _after_norm(function, norm, x):
     address = normed.data_ptr()  # not the tensor: the hooks would keep it
 
     def pack(saved):
-        return saved.shape if saved.data_ptr() == address and saved.numel() == x.numel() else saved
+        is_normed = saved.data_ptr() == address and saved.numel() == x.numel() and saved.is_contiguous()
+        return saved.shape if is_normed else saved
 
     def unpack(packed):
         return norm(x.detach()).view(packed) if isinstance(packed, torch.Size) else packed

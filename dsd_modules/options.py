@@ -231,12 +231,17 @@ def check_options(options):
             raise ValueError(f"--{name} can only be {expected}, but got {options[name]!r}.")
 
     get = options.get
-    if get("dsd_mode", "none") != "none" and get("dsd_max_drop_rate", 1) == 0:
+    if get("dsd_mode") in ("drop", "reorder") and get("dsd_max_drop_rate", 1) == 0:
         raise ValueError(
             f"--dsd_mode {get('dsd_mode')} contradicts --dsd_max_drop_rate 0, under which no sample is ever excluded; "
             "give a rate above 0, or --dsd_mode none."
         )
     if get("dsd_mode") == "cascade":
+        if get("lr_schedule", "linear") != "linear":
+            raise ValueError(
+                f"--dsd_mode cascade starts from the initial weights again, which --lr_schedule {get('lr_schedule')} "
+                "cannot follow; give --lr_schedule linear."
+            )
         num_first = get("cascade_pit_epochs", 1) + get("cascade_fixed_epochs", 1)
         if num_first > get("number_of_epochs", num_first):
             raise ValueError(
@@ -290,7 +295,7 @@ MODEL_OPTIONS = (
     "d_ffn",
 )
 # What else a run keeps, and what it keeps until the end of an epoch that is resumed in its middle.
-_RUN_OPTIONS = ("seed", "probe_size", "lr_schedule")
+_RUN_OPTIONS = ("seed", "probe_size", "lr_schedule", "cascade_pit_epochs", "cascade_fixed_epochs")
 _EPOCH_OPTIONS = ("batch_size", "grad_accumulation_factor")
 
 
@@ -313,7 +318,13 @@ def check_resume(options):
         meta, earlier = yaml.safe_load(checkpoints[-1].read_text()), read_options(earlier_file)[1]
     except (IndexError, OSError, ValueError, yaml.YAMLError):
         return  # nothing to resume, or the file was cut off by a kill
-    names = (*MODEL_OPTIONS, *_RUN_OPTIONS, *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS))
+    is_cascade = "cascade" in (options["dsd_mode"], earlier["dsd_mode"])
+    names = (
+        *(["dsd_mode"] if is_cascade else []),
+        *MODEL_OPTIONS,
+        *_RUN_OPTIONS,
+        *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS),
+    )
     for name in names:
         if name in earlier and earlier[name] != options[name]:
             raise ValueError(

@@ -59,7 +59,7 @@ def decide(stored, perm, metric, mode="drop", margin_db=0.0, patience=0, quota=N
     ================================  ============================================================
 
     In mode ``fixed`` (the middle stage of interrupted and cascaded PIT, Yang et al. 2019) the bank's assignments stand:
-    a sample that has one trains under it, whatever the metric, and none is stored anew.
+    a sample that has one trains under it, however good or bad, and none is stored anew.
 
     Arguments
     ---------

@@ -93,12 +93,10 @@ def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
     index = index.reshape(len(differences), -1)  # (M, N)
     rng = np.random.default_rng(seed)
 
-    def draw(size):
-        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size)  # (size, num_speakers)
-        return counts[:, index].prod(-1)  # (size, M, N) -> (size, M)
-
-    weights = draw(num_draws)
-    while (is_empty := ~weights.any(-1)).any():
-        weights[is_empty] = draw(is_empty.sum())
-    means = weights @ differences / weights.sum(-1)
+    means = []
+    while len(means) < num_draws:
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))
+        weights = counts[index].prod(-1)  # (M, N) -> (M,)
+        if weights.any():
+            means.append(weights @ differences / weights.sum())
     return Interval(float(differences.mean()), *map(float, np.percentile(means, [2.5, 97.5])))

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from conftest import REPOSITORY
+from hyperpyyaml import load_hyperpyyaml
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from ablation import _with_exclusions
+from ablation import _with_exclusions, main
 from ablation_plan import ARMS, MAIN_ARMS, PLAIN_PIT, REGIMES, TRAINING, Run, num_epochs, overrides, plan
 
 from dsd_modules.options import check_options, read_options
@@ -56,6 +58,20 @@ def test_the_search_is_on_plain_pit_and_chose_what_is_trained_with():
     assert not REGIMES["search"].is_tested
 
 
+def test_every_arm_of_a_seed_starts_from_the_same_weights():
+    """The method has no weights of its own, so the draws are the same."""
+    hparams_file = REPOSITORY / "recipes/LibriMix/separation/hparams/sepformer_dsd.yaml"
+    weights = []
+    for arm in (*MAIN_ARMS, *REGIMES["main"].arms):
+        options = overrides(Run("main", arm, 2), 6)
+        text = "\n".join(f"{name}: {value}" for name, value in options.items())
+        with open(hparams_file, encoding="utf-8") as stream:
+            modules = load_hyperpyyaml(stream, read_options(hparams_file, text)[0])["modules"]
+        weights.append({f"{n}.{k}": v for n, m in modules.items() for k, v in m.state_dict().items()})
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
 def test_main_arms_come_first_with_every_seed():
     runs = plan(["main"], 3)
     assert Counter(run.arm for run in runs[:12]) == dict.fromkeys(MAIN_ARMS, 3)
@@ -69,7 +85,7 @@ def test_a_small_set_is_visited_more_often_for_as_many_steps():
 
 
 def test_the_command_trains_then_tests_then_reports_and_goes_on(tmp_path):
-    """Two runs on four mixtures: closed test set, kill, resume, test, and nothing to do again."""
+    """Two runs on four mixtures: a closed test set, then an open one, and nothing to do again."""
     output = tmp_path / "ablation"
     small = ["--regimes", "synthetic", "--output", output, "--shrink", 300, "--epochs", 1, "--jobs", 2]
     first = ablation(*small, "--dev_only")
@@ -102,6 +118,38 @@ def test_the_command_trains_then_tests_then_reports_and_goes_on(tmp_path):
     assert other.returncode == 2
     assert "give these settings, or another --output" in other.stderr
     assert other.stderr.startswith("error: ")
+
+
+def test_a_failed_run_is_told_and_the_test_set_stays_closed(tmp_path):
+    small = ["--regimes", "synthetic", "--output", tmp_path, "--shrink", 300, "--epochs", 1, "--jobs", 2]
+    result = ablation(*small, "--arms", PLAIN_PIT, "--set", "num_heads=7", "--set", "num_filters=16")
+    assert result.returncode == 1
+    assert "failed: synthetic/plain_pit/1: error: --num_heads must divide num_filters, but got 7" in result.stderr
+    assert not (tmp_path / "results.csv").exists()
+    assert not (tmp_path / "test_scores.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "dsd_mode=none"], "dsd_mode is what the runs differ in"),
+        (["--set", "seed=1"], "seed is what the runs differ in, or the ablation's own"),
+        (["--set", "lr"], "NAME=VALUE expected, but got 'lr'"),
+        (["--arms", "lol"], "but got lol"),
+        (["--epochs", "0"], "--epochs must be at least 1, but got 0"),
+        (["--epochs", "2", "--speech", "x"], "cascaded_pit has three stages and needs at least 3 epochs, but got 2"),
+        (["--data_folder", "/no/such/folder"], "--data_folder /no/such/folder is no folder"),
+        (["--regimes", "half", "--arms", "lo"], "The plan has no run of the regimes half, arms lo"),
+    ],
+)
+def test_mistakes_of_the_command_line(arguments, message, tmp_path, capsys):
+    try:
+        status = main([*arguments, "--output", str(tmp_path / "new")])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_exclusions_are_told_by_epoch(tmp_path):

@@ -9,7 +9,7 @@ import speechbrain as sb
 import torch
 from conftest import HPARAMS, TINY, arguments
 from test_objective import make_brain, train_loss  # noqa: F401
-from test_recipe import newest, read_mean, weights
+from test_recipe import assert_same_run, kill_and_resume, newest, read_mean, weights
 from test_sample_dropout import ABC, BACK, CYCLE, as_row, entries, visit
 
 from dsd_modules.losses import PITLoss, layerwise_loss, soft_minimum_loss
@@ -113,7 +113,13 @@ def test_the_stages_of_a_cascade():
 
 # The recipe
 
-CASCADE = {"dsd_mode": "cascade", "layerwise": False, "cascade_pit_epochs": 1, "cascade_fixed_epochs": 2}
+CASCADE = {
+    "dsd_mode": "cascade",
+    "layerwise": False,
+    "lr_schedule": "linear",
+    "cascade_pit_epochs": 1,
+    "cascade_fixed_epochs": 2,
+}
 
 
 def test_a_cascade_starts_again_from_the_initial_weights(make_brain):  # noqa: F811
@@ -132,8 +138,8 @@ def test_a_cascade_starts_again_from_the_initial_weights(make_brain):  # noqa: F
 
 
 def test_a_cascade_fixes_the_recorded_assignments_and_decays_twice(recipe, run_recipe, librimix, tmp_path):
-    options = {"number_of_epochs": 4, "segment_seconds": 0.1, "lr_schedule": "linear"}
-    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", **CASCADE, **options)
+    options = {**CASCADE, "number_of_epochs": 4, "segment_seconds": 0.1}
+    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", **options)
     history = read_history(tmp_path / "run" / "history.csv")
     reordered = [row["reordered_samples"] for row in history]
     assert reordered[0] == reordered[3] == 0
@@ -146,6 +152,26 @@ def test_a_cascade_fixes_the_recorded_assignments_and_decays_twice(recipe, run_r
         assert stored.setdefault(row["id"], row["stored_assignment"]) == row["stored_assignment"]
     # The last step of a stage of n steps has the rate 1/n of the peak: 6 steps of PIT, then 18 after the restart.
     assert [row["lr"] / 0.005 for row in history] == pytest.approx([1 / 6, 13 / 18, 7 / 18, 1 / 18])
+
+
+def test_a_cascade_killed_after_its_restart_goes_on_to_the_same_result(run_recipe, librimix, tmp_path):
+    options = {**TINY, **CASCADE, "data_folder": librimix, "number_of_epochs": 3, "segment_seconds": 0.1}
+    options |= {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 2}
+    kill_and_resume("step", 9, options, tmp_path / "killed")  # of 6 steps an epoch
+    run_recipe(**{**options, "output_folder": tmp_path / "whole"})
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_what_a_cascade_learned_before_its_restart_is_not_its_result(run_recipe, librimix, tmp_path):
+    """The first stage, alone with a learning rate, is better than what follows, and must not be taken."""
+    options = {**CASCADE, "cascade_pit_epochs": 4, "cascade_fixed_epochs": 1, "number_of_epochs": 5}
+    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", **options)
+    history = read_history(tmp_path / "run" / "history.csv")
+    assert history[3]["valid_si_sdri"] > history[4]["valid_si_sdri"] + 0.1
+    exported = torch.load(tmp_path / "run" / "exported" / "masknet.ckpt", weights_only=True)
+    final = torch.load(newest(tmp_path / "run") / "masknet.ckpt", weights_only=True)
+    for name, value in final.items():
+        assert torch.equal(value, exported[name]), name
 
 
 def test_probabilistic_pit_trains_and_is_validated_as_pit(run_recipe, librimix, tmp_path):
@@ -177,6 +203,7 @@ def test_a_closed_test_set_is_opened_by_the_same_command(run_recipe, librimix, t
         ({"soft_min_gamma_db": -1}, "--soft_min_gamma_db can only be a number of at least 0, but got -1"),
         ({"soft_min_gamma_db": 1, "dsd_mode": "reorder"}, "--soft_min_gamma_db 1 weighs all assignments"),
         ({"soft_min_gamma_db": 1, **CASCADE, "number_of_epochs": 3}, "but --dsd_mode cascade imposes one"),
+        ({**CASCADE, "lr_schedule": "plateau"}, "which --lr_schedule plateau cannot follow; give --lr_schedule linear"),
         ({**CASCADE, "number_of_epochs": 2}, "at least cascade_pit_epochs + cascade_fixed_epochs = 3, but got 2"),
         (
             {**CASCADE, "number_of_epochs": 3, "layerwise": True, "layer_permutation": "independent"},
