@@ -58,16 +58,19 @@ def _legend_of_arms(parent, arms, **options):
 def learning_curves(ablation):
     """Dev SI-SDRi by epoch, as mean over seeds (thick) and for each seed: the main arms, and beside them the others."""
     arms = ablation.arms("main")
-    panels = {"Dev SI-SDRi": [arm for arm in arms if arm in MAIN_ARMS]}
+    panels = [("Dev SI-SDRi", [arm for arm in arms if arm in MAIN_ARMS], None)]
     if others := [arm for arm in arms if arm not in MAIN_ARMS]:
-        panels["Controls and reordering"] = [arm for arm in (PLAIN_PIT, DSD_LO) if arm in arms] + others
+        seeds = sorted(set.intersection(*(set(ablation.seeds("main", arm)) for arm in others)))
+        shown = [arm for arm in (PLAIN_PIT, DSD_LO) if arm in arms] + others
+        panels.append((f"Controls and reordering, seed {', '.join(map(str, seeds))}", shown, seeds))
     figure = _new_figure(5)
-    for axes, (title, arms) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    for axes, (title, arms, of_seeds) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
         for arm in arms:
-            plot_by_epoch(axes, ablation.history("main", arm), "valid_si_sdri", ARMS[arm].label, **_line(arm))
-            seeds = ablation.seeds("main", arm)
+            history = ablation.history("main", arm, of_seeds)
+            plot_by_epoch(axes, history, "valid_si_sdri", ARMS[arm].label, **_line(arm))
+            seeds = [seed for seed in ablation.seeds("main", arm) if of_seeds is None or seed in of_seeds]
             for seed in seeds if len(seeds) > 1 else ():
                 series = epoch_series(ablation.histories[Run("main", arm, seed)], "valid_si_sdri")
                 axes.plot(*series, color=_line(arm)["color"], lw=0.7, alpha=0.5)
@@ -105,7 +108,9 @@ def blocks(ablation):
         scores.plot(values, range(len(arms)), ls="", marker="o", ms=8, color=color, label=f"block {block}")
     for height, line in enumerate(zip(*(line.get_xdata() for line in scores.lines), strict=True)):
         scores.plot(line, [height] * num_blocks, color=GREY, lw=1.2, zorder=1)
-    scores.set_yticks(range(len(arms)), [ARMS[arm].label for arm in arms])
+    numbers = [len(ablation.seeds("main", arm)) for arm in arms]
+    labels = [f"{ARMS[arm].label} ({n} seed{'s' * (n > 1)})" for arm, n in zip(arms, numbers, strict=True)]
+    scores.set_yticks(range(len(arms)), labels)
     scores.set(title=f"SI-SDRi of each block, {scored_set} set", xlabel="SI-SDRi (dB)", ylim=(len(arms) - 0.4, -0.6))
     scores.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=max(num_blocks, 1))
     column, title = "valid_layer_decoupling_block1", "Layer-decoupling of block 1, dev set"
