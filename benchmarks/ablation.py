@@ -159,6 +159,8 @@ def _flags(options):
 
 def run_all(runs, data, arguments, records, test_at_end):
     """Run the trainings, ``arguments.jobs`` at a time; returns those that failed."""
+    if not runs:
+        return []
     devices = [f"cuda:{i % torch.cuda.device_count()}" if arguments.gpu else "cpu" for i in range(arguments.jobs)]
     waiting, active, failed = list(runs), [], []
     unit = "run" if test_at_end else "epoch"
