@@ -187,10 +187,9 @@ class SeparationBrain(sb.Brain):
 
     def _progress(self):
         """The share of the steps that are done: of all of them, or of those before or after a restart."""
-        restart_epoch, last = self.hparams.memory_bank.restart_epoch, self.hparams.epoch_counter.limit
-        first = 1 if restart_epoch is None or self.hparams.memory_bank.epoch < restart_epoch else restart_epoch
-        if restart_epoch is not None and first < restart_epoch:
-            last = min(last, restart_epoch - 1)
+        bank = self.hparams.memory_bank
+        restart = bank.restart_epoch or 1
+        first, last = (restart, self.hparams.epoch_counter.limit) if bank.epoch >= restart else (1, restart - 1)
         num_done = self.optimizer_step - (first - 1) * self.steps_per_epoch
         return num_done / ((last - first + 1) * self.steps_per_epoch)
 
