@@ -41,6 +41,7 @@ from tqdm import tqdm
 from dsd_modules.data.generate import generate_synthetic, mix_recordings
 from dsd_modules.evaluation import read_results
 from dsd_modules.files import lock_folder, write_whole
+from dsd_modules.options import read_options
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/LibriMix/separation"
 KEY = ("regime", "arm", "seed")
@@ -241,7 +242,8 @@ def _with_exclusions(history, audit):
 def _speakers(folder):
     """The speakers of each test mixture: from the metadata beside the mixtures, or as LibriMix's ids tell."""
     mixtures = _read_csv(folder / "manifests/test.csv")
-    info = list(Path(mixtures[0]["mix_wav"]).parents[4].glob("metadata/*_test_info.csv"))
+    _, options = read_options(folder / "hyperparams.yaml")
+    info = list(Path(options["data_folder"]).glob("metadata/*_test_info.csv"))
     if not info:  # <speaker>-<chapter>-<utterance>_<speaker>-...
         return {row["ID"]: " ".join(part.split("-")[0] for part in row["ID"].split("_")) for row in mixtures}
     return {

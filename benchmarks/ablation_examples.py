@@ -4,6 +4,7 @@ import math
 
 from ablation_plan import ARMS, DSD_LO, PLAIN_PIT
 
+from dsd_modules.data.wavs import WavReader
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.evaluation import read_results
 from dsd_modules.files import write_whole
@@ -31,7 +32,8 @@ def write_examples(output):
         _, options = read_options(runs[PLAIN_PIT] / "hyperparams.yaml")
         scores, _ = read_results(runs[PLAIN_PIT] / "test_results.csv")
         ranked = sorted((row["si_sdri"], name) for name, row in scores.items() if math.isfinite(row["si_sdri"]))
-        test_set = MixtureDataset(runs[PLAIN_PIT] / "manifests/test.csv", options["sample_rate"])
+        reader = WavReader(options["data_folder"] or "", options["num_spks"])
+        test_set = MixtureDataset(runs[PLAIN_PIT] / "manifests/test.csv", options["sample_rate"], reader)
         item = test_set[test_set.data_ids.index(ranked[len(ranked) // 2][1])]
         examples = {}
         for arm, run in runs.items():

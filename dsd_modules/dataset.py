@@ -3,11 +3,8 @@
 import csv
 import hashlib
 
-import numpy as np
-import soundfile
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from torch.utils.data import Sampler
 
 
 def crop_start(num_samples, segment_samples, seed, sample_id, epoch=None):
@@ -43,52 +40,29 @@ def crop_start(num_samples, segment_samples, seed, sample_id, epoch=None):
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % (room + 1)
 
 
-class EpochSampler(Sampler):
-    """Yields ``(epoch, row)``, so that the epoch reaches the crops through any number of worker processes.
+def read_entries(manifest):
+    """The rows of a manifest, in its order.
 
     Arguments
     ---------
-    num_samples : int
-        Size of the dataset.
-    seed : int
-        Of the order.
-    shuffle : bool
-        Whether each epoch has an order of its own, drawn from (seed, epoch).
+    manifest : str
+        A csv written by :func:`dsd_modules.data.manifest.write_manifest`.
 
-    Example
+    Returns
     -------
-    >>> sampler = EpochSampler(3, seed=1, shuffle=False)
-    >>> sampler.set_epoch(2)
-    >>> list(sampler)
-    [(2, 0), (2, 1), (2, 2)]
+    dict
+        From an id to its row, a dict of strings by column.
     """
-
-    def __init__(self, num_samples, seed, shuffle=True):
-        self.num_samples = num_samples
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        """Called by Brain at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.num_samples
-
-    def __iter__(self):
-        rows = np.arange(self.num_samples)
-        if self.shuffle:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(rows)
-        return iter([(self.epoch, int(row)) for row in rows])
+    with open(manifest, newline="", encoding="utf-8") as stream:
+        return {entry["ID"]: entry for entry in csv.DictReader(stream)}
 
 
 class MixtureDataset(DynamicItemDataset):
     """The mixtures of one manifest.
 
-    An item has ``id``, ``row`` (its position in the dataset, for the memory bank), ``num_samples``,
-    ``mix_sig [T]`` and ``sources [T, N]``. It is indexed by its row, or by ``(epoch, row)``
-    (see :class:`EpochSampler`).
+    An item has ``id``, ``row`` (its position in the dataset, for the memory bank), ``share`` (its weight in the loss),
+    ``num_samples``, ``mix_sig [T]`` and ``sources [T, N]``. It is indexed by its row, or by ``(epoch, row, share)``
+    (see :class:`dsd_modules.sampling.TrainingBatches`).
 
     Arguments
     ---------
@@ -96,6 +70,8 @@ class MixtureDataset(DynamicItemDataset):
         A csv written by :func:`dsd_modules.data.manifest.write_manifest`.
     sample_rate : int
         Hz.
+    reader : WavReader or OnTheFlyReader
+        What gives the signals of a row: see :mod:`dsd_modules.data.wavs`.
     segment_seconds : float, optional
         Length of the crops; None: whole mixtures.
     segment : str
@@ -104,56 +80,73 @@ class MixtureDataset(DynamicItemDataset):
         Of the crops.
     rows : sequence of int, optional
         Only these rows of the manifest, numbered anew. None: all.
+    augmentation : Augmentation, optional
+        Changes the training items: see :mod:`dsd_modules.augmentation`.
+    dynamic_mixing : DynamicMixing, optional
+        Gives the training items in place of the stored mixtures: see :mod:`dsd_modules.dynamic_mixing`.
     """
 
-    def __init__(self, manifest, sample_rate, segment_seconds=None, segment="random", seed=0, rows=None):
+    def __init__(
+        self,
+        manifest,
+        sample_rate,
+        reader,
+        segment_seconds=None,
+        segment="random",
+        seed=0,
+        rows=None,
+        augmentation=None,
+        dynamic_mixing=None,
+    ):
         self.sample_rate = sample_rate
+        self.reader = reader
         self.segment_samples = None if segment_seconds is None else round(segment_seconds * sample_rate)
         self.segment = segment
         self.seed = seed
-        data = {}
-        with open(manifest, newline="", encoding="utf-8") as stream:
-            for entry in csv.DictReader(stream):
-                wavs = [path for column, path in entry.items() if column.endswith("_wav")]
-                data[entry["ID"]] = {"duration": float(entry["duration"]), "wavs": wavs}
-        if rows is not None:
-            ids = list(data)
-            data = {ids[row]: data[ids[row]] for row in rows}
-        for row, entry in enumerate(data.values()):
-            entry.update(row=row, epoch=None)
-        super().__init__(data, output_keys=["id", "row", "num_samples", "mix_sig", "sources"])
-        takes, provides = ["id", "duration", "wavs", "epoch"], ["num_samples", "mix_sig", "sources"]
-        self.add_dynamic_item(self.read_crop, takes, provides)
+        self.augmentation = augmentation
+        self.dynamic_mixing = dynamic_mixing
+        entries = read_entries(manifest)
+        ids = list(entries)
+        ids = ids if rows is None else [ids[row] for row in rows]
+        data = {
+            sample_id: {"entry": entries[sample_id], "row": row, "epoch": None, "share": 0.0}
+            for row, sample_id in enumerate(ids)
+        }
+        super().__init__(data, output_keys=["id", "row", "share", "num_samples", "mix_sig", "sources"])
+        self.add_dynamic_item(self.make_item, ["id", "entry", "epoch"], ["num_samples", "mix_sig", "sources"])
 
     def __getitem__(self, index):
-        epoch, row = index if isinstance(index, tuple) else (None, index)
+        epoch, row, share = index if isinstance(index, tuple) else (None, index, 0.0)
         sample_id = self.data_ids[row]
-        return self.pipeline.compute_outputs({**self.data[sample_id], "id": sample_id, "epoch": epoch})
+        return self.pipeline.compute_outputs({**self.data[sample_id], "id": sample_id, "epoch": epoch, "share": share})
 
-    def read_crop(self, sample_id, duration, wavs, epoch):
-        """Read the same stretch of the mixture and of its sources.
+    def make_item(self, sample_id, entry, epoch):
+        """The signals of an item: as they are stored, or in training (with an epoch) augmented or mixed anew."""
+        augmentation, dynamic_mixing = (self.augmentation, self.dynamic_mixing) if epoch is not None else (None, None)
+        wanted = self.segment_samples
+        needed = wanted if wanted is None or augmentation is None else augmentation.num_samples_needed(wanted)
+        if dynamic_mixing is not None:
+            signals = dynamic_mixing(sample_id, epoch, needed)
+        else:
+            signals = self.read_crop(sample_id, entry, epoch, needed)
+        if augmentation is not None:
+            signals = augmentation(signals, sample_id, epoch, wanted)
+        signals = torch.from_numpy(signals)  # (1 + N, T)
+        yield signals.shape[1]
+        yield signals[0]
+        yield signals[1:].T.contiguous()  # (T, N)
+
+    def read_crop(self, sample_id, entry, epoch, segment_samples):
+        """The same stretch of the mixture and of its sources, ``[1 + N, T]``.
 
         Raises
         ------
         ValueError
             If a file cannot be read, or holds a value that is not finite.
         """
-        num_samples, start = round(duration * self.sample_rate), 0
-        if self.segment_samples is not None:
+        num_samples, start = round(float(entry["duration"]) * self.sample_rate), 0
+        if segment_samples is not None:
             epoch = epoch if self.segment == "random" else None
-            start = crop_start(num_samples, self.segment_samples, self.seed, sample_id, epoch)
-            num_samples = min(num_samples, self.segment_samples)
-        signals = []
-        for path in wavs:
-            try:
-                signal, _ = soundfile.read(path, frames=num_samples, start=start, dtype="float32")
-            except (soundfile.LibsndfileError, OSError) as error:
-                raise ValueError(f"{path} cannot be read: {error}") from None
-            if len(signal) != num_samples:
-                raise ValueError(f"{path} ends {num_samples - len(signal)} samples before its manifest says.")
-            if not np.isfinite(signal).all():
-                raise ValueError(f"{path} holds values that are not finite.")
-            signals.append(torch.from_numpy(signal))
-        yield num_samples
-        yield signals[0]
-        yield torch.stack(signals[1:], dim=-1)  # (T, N)
+            start = crop_start(num_samples, segment_samples, self.seed, sample_id, epoch)
+            num_samples = min(num_samples, segment_samples)
+        return self.reader.read(entry, start, num_samples)

@@ -225,9 +225,10 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
 
     Written below ``Libri{N}Mix``, all paths relative to it unless said otherwise:
 
-    - ``wav8k/min/<set>/{mix_clean,s1,s2[,s3...]}/<ID>.wav``, with noise also ``noise`` and ``mix_both``;
-    - ``wav8k/min/metadata/mixture_<set>_mix_clean.csv`` (with noise also ``..._mix_both.csv``): ``mixture_ID,
-      mixture_path, source_1_path, ...[, noise_path], length`` (in samples);
+    - ``wav8k/min/<set>/{mix_clean,s1,s2[,s3...]}/<ID>.wav``, with noise also ``noise``, ``mix_both``
+      and ``mix_single`` (the first source and the noise);
+    - ``wav8k/min/metadata/mixture_<set>_mix_clean.csv`` (with noise also ``..._mix_both.csv`` and
+      ``..._mix_single.csv``): ``mixture_ID, mixture_path, source_1_path, ...[, noise_path], length`` (in samples);
     - ``metadata/libri{N}mix_<set>.csv``: ``mixture_ID, source_1_path, source_1_gain, ...[, noise_path,
       noise_gain]``, the recordings' paths as the corpus's csv has them, the gains linear;
     - ``metadata/libri{N}mix_<set>_info.csv``: ``mixture_ID, speaker_1_ID, source_1_start_s, source_1_text, ...``.
@@ -259,7 +260,7 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
     n = settings.num_spks
     root = Path(folder) / f"Libri{n}Mix"
     wav = f"wav{settings.sample_rate // 1000}k/{settings.mode}"
-    kinds = [f"s{k + 1}" for k in range(n)] + ["mix_clean"] + ["noise", "mix_both"] * settings.noise
+    kinds = [f"s{k + 1}" for k in range(n)] + ["mix_clean"] + ["noise", "mix_both", "mix_single"] * settings.noise
     for kind in kinds:
         (root / wav / set_name / kind).mkdir(parents=True, exist_ok=True)
     seeds = [settings.seed, zlib.crc32(set_name.encode())]
@@ -286,6 +287,7 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
         outputs = signals | {"mix_clean": clean}
         if settings.noise:
             outputs["mix_both"] = clean + signals["noise"]
+            outputs["mix_single"] = signals["s1"] + signals["noise"]
         paths = {kind: f"{wav}/{set_name}/{kind}/{names[index]}.wav" for kind in kinds}
         for kind, path in paths.items():
             soundfile.write(root / path, outputs[kind].astype(np.int16), settings.sample_rate, subtype="PCM_16")
@@ -297,6 +299,7 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
         return {
             "mix_clean": [names[index], paths["mix_clean"], *source_paths, len(clean)],
             "mix_both": [names[index], paths.get("mix_both"), *source_paths, *noise, len(clean)],
+            "mix_single": [names[index], paths.get("mix_single"), source_paths[0], *noise, len(clean)],
             "origin": [names[index], *origin],
             "info": [names[index], *info],
         }
@@ -318,6 +321,11 @@ def mix_set(folder, set_name, utterances, num_mixtures, settings, noise_files=()
             Path(f"{prefix}_mix_both.csv"),
             ["mixture_ID", "mixture_path", *source_columns, *noise_column, "length"],
             [row["mix_both"] for row in rows],
+        )
+        write_csv(
+            Path(f"{prefix}_mix_single.csv"),
+            ["mixture_ID", "mixture_path", *source_columns[:1], *noise_column, "length"],
+            [row["mix_single"] for row in rows],
         )
     origin_columns = [f"source_{k}_{what}" for k in numbers for what in ("path", "gain")]
     info_columns = [name for k in numbers for name in (f"speaker_{k}_ID", f"source_{k}_start_s", f"source_{k}_text")]
@@ -436,7 +444,8 @@ def _make_sources(utterances, settings, noise_files, rng):
 
     scaled = np.stack([gain * signal for gain, signal in zip(gains, signals, strict=True)])  # (sources, time)
     clean = scaled[: len(utterances)].sum(axis=0)
-    peak = max(np.abs(scaled).max(), np.abs(clean).max(), np.abs(scaled.sum(axis=0)).max())
+    sums = [clean, scaled.sum(axis=0), *([scaled[0] + scaled[-1]] if settings.noise else [])]
+    peak = max(np.abs(signal).max() for signal in (scaled, *sums))
     shrink = min(1.0, _MAX_AMPLITUDE / peak)
     scaled = np.rint(scaled * (shrink * 2**15)).astype(np.int32)
     gains = [round(float(gain * shrink), 6) for gain in gains]
