@@ -34,6 +34,8 @@ from speechbrain.lobes.models.dual_path import Dual_Path_Model
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 from tqdm import tqdm
 
+from dsd_modules.sampling import TrainingBatches
+
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "LibriMix" / "separation"
 SIZES = {
     "full": {},  # the YAML's defaults
@@ -96,7 +98,7 @@ def recipe_brain(setting, folder, **options):
     run_opts = {"device": str(setting.device), "precision": setting.precision}
     brain = separation(hparams["modules"], hparams["optimizer"], hparams, run_opts)
     brain.init_optimizers()
-    brain.step, brain.steps_per_epoch = 0, 1000
+    brain.step, brain.train_sampler = 0, TrainingBatches(1000, setting.batch_size, seed=0)
     bank = brain.hparams.memory_bank
     bank.set_samples([str(row) for row in range(setting.batch_size)])
     bank.start_epoch(brain.hparams.dsd_start_epoch)
@@ -107,7 +109,14 @@ def recipe_step(setting, folder, mixture, sources, **options):
     """The step of this recipe."""
     brain = recipe_brain(setting, folder, **options)
     items = [
-        {"id": str(row), "row": row, "num_samples": len(mixture[row]), "mix_sig": mixture[row], "sources": sources[row]}
+        {
+            "id": str(row),
+            "row": row,
+            "share": 1 / setting.batch_size,
+            "num_samples": len(mixture[row]),
+            "mix_sig": mixture[row],
+            "sources": sources[row],
+        }
         for row in range(setting.batch_size)
     ]
     batch = PaddedBatch(items)

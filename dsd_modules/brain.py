@@ -11,12 +11,15 @@ import torch
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from tqdm import tqdm
 
-from dsd_modules.dataset import EpochSampler
+from dsd_modules.distributed import all_gather, get_rank, world_size
 from dsd_modules.errors import RunError
-from dsd_modules.evaluation import score_batch, write_results
+from dsd_modules.evaluation import best_permutations, score_batch, write_results
+from dsd_modules.groups import overlap_ratio
 from dsd_modules.losses import is_silent, pairwise_neg_si_sdr
 from dsd_modules.permutation import assignment_margin, reorder_estimates
+from dsd_modules.quality import QualityScorer
 from dsd_modules.report import draw_separation
+from dsd_modules.sampling import EvaluationBatches, TrainingBatches
 from dsd_modules.separator import separate
 
 # How many validation mixtures TensorBoard shows.
@@ -42,8 +45,10 @@ class SeparationBrain(sb.Brain):
     block last.
 
     The hparams hold ``modules`` (encoder, masknet, decoder), ``pit_loss``, ``memory_bank``, ``probe_bank``,
-    ``lr_scheduler``, ``epoch_counter``, ``epoch_tracker``, ``history``, ``exclusion_audit``, the loggers, and the
-    options of the YAML.
+    ``lr_scheduler``, ``weight_average``, ``epoch_counter``, ``epoch_tracker``, ``history``, ``exclusion_audit``, the
+    loggers, and the options of the YAML.
+
+    On several ranks each one trains and evaluates its own mixtures; what is recorded is that of all of them.
     """
 
     # Given by the recipe before fit: the probe set's DataLoader, or None.
@@ -52,15 +57,24 @@ class SeparationBrain(sb.Brain):
     test_results_path = None
 
     def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
-        """Shuffle the training set from (seed, epoch); see :class:`dsd_modules.dataset.EpochSampler`."""
+        """Batches that repeat no mixture on any number of ranks: see :mod:`dsd_modules.sampling`."""
+        del ckpt_prefix  # the place in the epoch is kept by TrainingBatches
+        size, place = (len(dataset), loader_kwargs.pop("batch_size", 1)), (get_rank(), world_size())
         if stage == sb.Stage.TRAIN:
-            self.train_sampler = EpochSampler(len(dataset), self.hparams.seed)
-            loader_kwargs["sampler"] = self.train_sampler
+            batches = TrainingBatches(*size, self.hparams.seed, self.grad_accumulation_factor, *place)
+            self.train_sampler = batches
+            if self.checkpointer is not None:
+                self.checkpointer.add_recoverable("train_batches", batches)
+        else:
+            batches = EvaluationBatches(*size, *place)
         # A generator of its own: the loader's draws would move the global one, which a resume restores.
-        loader = super().make_dataloader(dataset, stage, ckpt_prefix, generator=torch.Generator(), **loader_kwargs)
-        if stage == sb.Stage.TRAIN:
-            self.steps_per_epoch = len(loader) // self.grad_accumulation_factor
-        return loader
+        generator = torch.Generator()
+        return super().make_dataloader(
+            dataset, stage, None, batch_sampler=batches, generator=generator, **loader_kwargs
+        )
+
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        return loader_kwargs  # SpeechBrain's would repeat mixtures to even out the ranks
 
     def on_fit_start(self):
         """Recover the last checkpoint; drop the records of what comes after it."""
@@ -71,6 +85,9 @@ class SeparationBrain(sb.Brain):
         if self.hparams.memory_bank.restart_epoch is not None:
             # Of the modules as they were built: DDP and compile, which come below, share their weights.
             self.initial_weights = {n: copy.deepcopy(m.state_dict()) for n, m in self.hparams.modules.items()}
+        if get_rank() > 0:
+            torch.manual_seed(self.hparams.seed + get_rank())  # the ranks' dropouts differ
+        self.hparams.weight_average.to(self.device)
         super().on_fit_start()
         self.tensorboard = self.hparams.tensorboard_logger(first_epoch=self.hparams.epoch_counter.current + 1)
 
@@ -82,14 +99,21 @@ class SeparationBrain(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """Estimates of the final block ``[1, B, N, T]``, or of all blocks where they are supervised or scored."""
-        wants_all = stage != sb.Stage.TRAIN or self.hparams.layerwise
-        return self._separate(batch, blocks="all" if wants_all else [-1])  # (L, B, N, T)
+        if stage == sb.Stage.TRAIN:
+            # Not those of hparams: these are wrapped by DDP and compile.
+            return self._separate(self.modules, batch, blocks="all" if self.hparams.layerwise else [-1])
+        return self._separate(self.evaluation_modules, batch, blocks="all")  # (L, B, N, T)
 
-    def _separate(self, batch, blocks):
+    @property
+    def evaluation_modules(self):
+        """The averaged modules where there are any; never wrapped by DDP, whose forward is a collective."""
+        modules = {name: getattr(module, "module", module) for name, module in self.modules.items()}
+        return self.hparams.weight_average.averaged(modules)
+
+    def _separate(self, modules, batch, blocks):
         batch = batch.to(self.device)
-        modules = self.modules  # not hparams: these are wrapped by DDP and compile
         mixture, lengths = batch.mix_sig.data, batch.num_samples
-        return separate(modules.encoder, modules.masknet, modules.decoder, mixture, lengths, blocks)
+        return separate(modules["encoder"], modules["masknet"], modules["decoder"], mixture, lengths, blocks)
 
     @staticmethod
     def references(batch):
@@ -123,6 +147,11 @@ class SeparationBrain(sb.Brain):
             is_silent=is_silent(references, lengths).any(-1).cpu(),
         )
 
+    @staticmethod
+    def is_filler(batch, stage):
+        """Whether the batch is there only because the other ranks, or the accumulated step, still need this one."""
+        return stage == sb.Stage.TRAIN and not batch.share.any()
+
     def visit_memory_bank(self, batch, measures):
         """The memory bank's decision about a training batch; exclusions go to the audit.
 
@@ -140,7 +169,8 @@ class SeparationBrain(sb.Brain):
         """
         bank, perm = self.hparams.memory_bank, measures.perm[-1]
         metric = getattr(measures, self.hparams.dsd_metric)[-1]
-        decision = bank.update(batch.row, perm, metric, ~measures.is_silent)
+        is_stable = not self.hparams.dynamic_mixing  # a row is another mixture in each epoch
+        decision = bank.update(batch.row, perm, metric, ~measures.is_silent & is_stable)
         self.hparams.exclusion_audit.add(bank.epoch, batch.id, decision, perm, metric)
         return decision
 
@@ -161,7 +191,7 @@ class SeparationBrain(sb.Brain):
         """
         add_loss = partial(self._add, stage, slice(None) if keep is None else keep)
         add = partial(self._add, stage, ~measures.is_silent)
-        last = self.hparams.num_blocks
+        last = self.num_blocks
         add_loss("loss", layerwise.loss.detach().cpu())
         block_losses = layerwise.block_losses.detach().cpu()  # (L, B)
         for block, losses in enumerate(block_losses, last - len(block_losses) + 1):
@@ -180,18 +210,28 @@ class SeparationBrain(sb.Brain):
     def _add(self, stage, rows, name, values, **kwargs):
         self.hparams.epoch_tracker.add(f"{stage.name.lower()}/{name}", values[rows], **kwargs)
 
+    @property
+    def num_blocks(self):
+        """How many outputs the mask network has: dual-path blocks, or repeats."""
+        return self.hparams.modules["masknet"].num_layers
+
     def on_fit_batch_start(self, batch, should_step):
         """Set the learning rate of the coming step."""
         if should_step:
             self.hparams.lr_scheduler.on_step(self.optimizer, self._progress())
 
     def _progress(self):
-        """The share of the steps that are done: of all of them, or of those before or after a restart."""
+        """The share of the training that is done: of all of it, or of that before or after a restart."""
         bank = self.hparams.memory_bank
         restart = bank.restart_epoch or 1
         first, last = (restart, self.hparams.epoch_counter.limit) if bank.epoch >= restart else (1, restart - 1)
-        num_done = self.optimizer_step - (first - 1) * self.steps_per_epoch
-        return num_done / ((last - first + 1) * self.steps_per_epoch)
+        return (bank.epoch - first + self.train_sampler.epoch_share_done) / (last - first + 1)
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Note what a step has done."""
+        if should_step:
+            self.train_sampler.advance()
+            self.hparams.weight_average.update(self.hparams.modules)
 
     def check_loss_isfinite(self, loss):
         """SpeechBrain's check, with a sentence for the user."""
@@ -215,9 +255,13 @@ class SeparationBrain(sb.Brain):
                 for name, weights in self.initial_weights.items():
                     self.hparams.modules[name].load_state_dict(weights)
                 self.optimizer.state.clear()
+                self.hparams.weight_average.restart()
         interval = self.hparams.examples_interval
         self.wants_examples = stage == sb.Stage.VALID and interval > 0 and epoch % interval == 0
-        self.examples, self.test_ids, self.test_rows = [], [], []
+        self.examples, self.test_rows = [], {}
+        if stage == sb.Stage.TEST:
+            metrics, sample_rate = self.hparams.test_metrics, self.hparams.sample_rate
+            self.quality = QualityScorer(metrics, sample_rate, progressbar=if_main_process())
 
     def evaluate_batch(self, batch, stage):
         """Validation: the objective, and examples for TensorBoard. Test: the scores of each mixture."""
@@ -225,17 +269,29 @@ class SeparationBrain(sb.Brain):
             estimates = self.compute_forward(batch, stage)
             if stage == sb.Stage.VALID:
                 loss = self.compute_objectives(estimates, batch, stage)
-        references, lengths = self.references(batch)
         if stage == sb.Stage.TEST:
-            # DDP's forward is collective, so every rank has run it; the scores are needed once.
-            rows = score_batch(estimates.float(), references, batch.mix_sig.data, lengths) if if_main_process() else []
-            self.test_ids += batch.id
-            self.test_rows += rows
-            return -torch.tensor([row["si_sdr"] for row in rows]).nanmean()
+            return self._score(batch, estimates[: self.hparams.test_block].float())  # None: all blocks
         if self.wants_examples:
             for b in range(min(len(batch), NUM_EXAMPLES - len(self.examples))):
                 self.examples.append(self._make_example(batch, estimates, b))
         return loss.detach().cpu()
+
+    def _score(self, batch, estimates):
+        """Score a test batch; PESQ and STOI are left to other processes."""
+        references, lengths = self.references(batch)
+        mixture = batch.mix_sig.data
+        perm = best_permutations(estimates, references, lengths)
+        rows = score_batch(estimates, references, mixture, lengths, perm)
+        if references.shape[1] > 1:
+            for row, ratio in zip(rows, overlap_ratio(references, lengths).tolist(), strict=True):
+                row["overlap"] = ratio
+        self.test_rows.update(zip(batch.id, rows, strict=True))
+        if self.hparams.test_metrics:
+            ordered = reorder_estimates(estimates[-1], perm[-1])
+            for b, num_samples in enumerate(batch.num_samples.tolist()):
+                signals = (ordered[b], references[b], mixture[b])
+                self.quality.submit(batch.id[b], *(x[..., :num_samples].float().cpu().numpy() for x in signals))
+        return -torch.tensor([row["si_sdr"] for row in rows]).nanmean()
 
     def _make_example(self, batch, estimates, b):
         """Mixture, references and estimates of one item, the estimates in the order of the references."""
@@ -271,12 +327,11 @@ class SeparationBrain(sb.Brain):
         self.modules.eval()
         with torch.no_grad(), self.evaluation_ctx:
             for batch in tqdm(self.probe_loader, "probe set", disable=not if_main_process(), delay=3, leave=False):
-                estimates = self._separate(batch, blocks=None)
+                estimates = self._separate(self.evaluation_modules, batch, blocks=None)
                 references, lengths = self.references(batch)
                 pit = self.hparams.pit_loss(estimates, references, lengths)
                 bank.update(batch.row, pit.perm, -pit.loss, ~is_silent(references, lengths).any(-1))
-        # Every rank visits the whole probe set, so there is nothing to merge.
-        return bank.counts
+        return bank.end_epoch()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Validation: write the epoch's records, save. Test: write the scores."""
@@ -284,8 +339,16 @@ class SeparationBrain(sb.Brain):
             self.train_seconds = time.time() - self.stage_start
         elif stage == sb.Stage.VALID:
             self._finish_epoch(epoch)
-        elif if_main_process():
-            write_results(self.test_results_path, self.test_ids, self.test_rows)
+        else:
+            self._finish_test()
+
+    def _finish_test(self):
+        """Gather the scores of all ranks on the main one, which writes them by id."""
+        for sample_id, scores in self.quality.collect().items():
+            self.test_rows[sample_id].update(scores)
+        rows = {sample_id: row for ranked in all_gather(self.test_rows) for sample_id, row in ranked.items()}
+        if if_main_process():
+            write_results(self.test_results_path, list(rows), list(rows.values()))
 
     def _finish_epoch(self, epoch):
         """All ranks come here; the numbers are those of all ranks, the files rank 0's."""
@@ -339,7 +402,7 @@ class SeparationBrain(sb.Brain):
 
     def _check_progress(self, epoch, counts, valid):
         """Stop a run that learns nothing, instead of going on with numbers that look like others."""
-        if counts.uncounted == counts.visits:
+        if counts.uncounted == counts.visits and not self.hparams.dynamic_mixing:
             raise RunError(
                 f"In epoch {epoch} each of the {counts.visits} training mixtures had a silent source or an estimate "
                 "that is not finite: nothing can be learned from them. Look at the data, or lower --lr "
@@ -354,4 +417,4 @@ class SeparationBrain(sb.Brain):
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load the best checkpoint's weights, and nothing else of it."""
         del min_key
-        self.checkpointer.load_modules(("encoder", "masknet", "decoder"), max_key=max_key)
+        self.checkpointer.load_only(("encoder", "masknet", "decoder", "weight_average"), max_key=max_key)

@@ -19,6 +19,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
+from dsd_modules.distributed import all_gather, get_rank
 from dsd_modules.errors import RunError
 from dsd_modules.files import flush_to_disk
 
@@ -116,8 +117,8 @@ class WholeCheckpointer(Checkpointer):
         if checkpoint is not None:
             self.recoverables[name].load(checkpoint.paramfiles[name])
 
-    def load_modules(self, names, max_key=None):
-        """Load the weights of the best checkpoint, and nothing else of it.
+    def load_only(self, names, max_key=None):
+        """Load some recoverables of the best checkpoint, and nothing else of it.
 
         ``recover_if_possible`` would also set the epoch, the bank and the logs back to that checkpoint.
 
@@ -134,9 +135,12 @@ class WholeCheckpointer(Checkpointer):
             None where there is no checkpoint.
         """
         checkpoint = self.find_checkpoint(max_key=max_key)
-        if checkpoint is not None:
-            for name in names:
-                torch_recovery(self.recoverables[name], checkpoint.paramfiles[name], end_of_epoch=True)
+        for name in names if checkpoint is not None else ():
+            recoverable, path = self.recoverables[name], checkpoint.paramfiles[name]
+            if isinstance(recoverable, torch.nn.Module):
+                torch_recovery(recoverable, path, end_of_epoch=True)
+            else:
+                recoverable.load(path)
         return checkpoint
 
 
@@ -179,27 +183,42 @@ class AppendedFiles:
 
 @register_checkpoint_hooks
 class RandomState:
-    """The state of the random number generators (dropout and the like), of the main process."""
+    """The state of the random number generators (dropout and the like), of every rank."""
+
+    def __init__(self):
+        self._ranks = None  # of all ranks, at the last merge
+
+    def synchronize(self):
+        """Collect the states of all ranks. All ranks must call it."""
+        self._ranks = all_gather(_random_state())
 
     @mark_as_saver
     def save(self, path):
-        """Save the states of Python, NumPy and torch."""
-        numpy_name, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (what others draw from)
-        state = {
-            "python": random.getstate(),
-            "numpy": (numpy_name, numpy_keys.tolist(), *numpy_rest),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        torch.save(state, path)
+        """Save the states; :meth:`synchronize` goes before."""
+        torch.save(self._ranks, path)
 
     @mark_as_loader
     def load(self, path, end_of_epoch=False):
-        """Restore them."""
+        """Restore this rank's state, where the run that saved had such a rank."""
         del end_of_epoch
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-        torch.set_rng_state(state["torch"])
-        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        ranks = torch.load(path, map_location="cpu", weights_only=True)
+        if get_rank() < len(ranks):
+            _restore_random_state(ranks[get_rank()])
+
+
+def _random_state():
+    numpy_name, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (what others draw from)
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy_name, numpy_keys.tolist(), *numpy_rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_random_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -5,6 +5,8 @@ import os
 import sys
 from contextlib import contextmanager
 
+from speechbrain.utils.distributed import is_distributed_initialized
+
 
 class RunError(Exception):
     """A run cannot go on, for a reason that its user can mend."""
@@ -35,6 +37,8 @@ def ends_in_one_sentence(main):
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
             sys.exit(130)
-        sys.exit(sentence if os.environ.get("RANK", "0") == "0" else 1)
+        # Before the ranks work together all of them see the same mistake; then one may be alone with it.
+        is_heard = os.environ.get("RANK", "0") == "0" or is_distributed_initialized()
+        sys.exit(sentence if is_heard else 1)
 
     return wrapped

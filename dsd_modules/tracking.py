@@ -18,10 +18,15 @@ from dsd_modules.distributed import all_gather, get_rank
 from dsd_modules.files import write_whole
 from dsd_modules.sample_dropout import ACTIONS
 
+_QUANTA_PER_UNIT = 2**32
+
 
 @register_checkpoint_hooks
 class EpochTracker:
     """Running means of named values over the samples of an epoch, and the values themselves where wanted.
+
+    Values are added up as whole multiples of 2^-32, without rounding: the means do not depend on the order, and so not
+    on the number of ranks.
 
     Example
     -------
@@ -56,14 +61,18 @@ class EpochTracker:
         """
         values = values.detach().double().flatten()
         values = values[values.isfinite()]
-        total, count = self.totals.get(name, (0.0, 0))
-        self.totals[name] = (total + float(values.sum()), count + len(values))
+        total, count = self.totals.get(name, (0, 0))
+        quanta = (values * _QUANTA_PER_UNIT).round().long().sum()
+        self.totals[name] = (total + int(quanta), count + len(values))
         if keep_values:
             self.values.setdefault(name, []).extend(values.tolist())
 
     def means(self):
         """The mean of each name; NaN where nothing counted."""
-        return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
+        return {
+            name: total / count / _QUANTA_PER_UNIT if count else math.nan
+            for name, (total, count) in self.totals.items()
+        }
 
     def synchronize(self):
         """Collect all ranks' values on rank 0, and empty the others. All ranks must call it."""
@@ -73,7 +82,7 @@ class EpochTracker:
             return
         for totals, values in ranks:
             for name, (total, count) in totals.items():
-                old_total, old_count = self.totals.get(name, (0.0, 0))
+                old_total, old_count = self.totals.get(name, (0, 0))
                 self.totals[name] = (old_total + total, old_count + count)
             for name, kept in values.items():
                 self.values.setdefault(name, []).extend(kept)

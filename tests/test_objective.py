@@ -10,6 +10,7 @@ from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.losses import assigned_loss, pairwise_neg_si_sdr
+from dsd_modules.sampling import TrainingBatches
 
 
 @pytest.fixture
@@ -23,13 +24,13 @@ def make_brain(recipe, librimix, tmp_path):
         recipe.prepare_data(options)
         with open(HPARAMS, encoding="utf-8") as stream:
             hparams = load_hyperpyyaml(stream, text)
-        train = MixtureDataset(hparams["train_csv"], 8000)
+        train = MixtureDataset(hparams["train_csv"], 8000, recipe.make_reader(options))
         hparams["memory_bank"].set_samples(train.data_ids)
         hparams["memory_bank"].start_epoch(2)
         brain = recipe.Separation(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
         brain.init_optimizers()
-        brain.steps_per_epoch = 100
-        brain.batch = PaddedBatch([train[i] for i in range(4)])
+        brain.train_set, brain.train_sampler = train, TrainingBatches(len(train), 4, seed=0)
+        brain.batch = PaddedBatch([train[1, row, 0.25] for row in range(4)])
         return brain
 
     return make
@@ -164,7 +165,7 @@ def test_gradients_go_through_the_wrapped_modules(make_brain):
 def test_the_same_crops_for_any_number_of_workers(make_brain):
     brain = make_brain(segment_seconds=0.2)
     crops = {"segment_seconds": 0.2, "segment": "random", "seed": 1}
-    train = MixtureDataset(brain.hparams.train_csv, 8000, **crops)
+    train = MixtureDataset(brain.hparams.train_csv, 8000, brain.train_set.reader, **crops)
     batches = []
     for num_workers in (0, 2):
         loader = brain.make_dataloader(train, sb.Stage.TRAIN, None, batch_size=5, num_workers=num_workers)
@@ -184,10 +185,12 @@ def test_the_same_crops_for_any_number_of_workers(make_brain):
 
 
 def test_fixed_crops_are_the_same_in_every_epoch(make_brain):
-    train = MixtureDataset(make_brain().hparams.train_csv, 8000, segment_seconds=0.2, segment="fixed", seed=1)
+    brain = make_brain()
+    crops = {"segment_seconds": 0.2, "segment": "fixed", "seed": 1}
+    train = MixtureDataset(brain.hparams.train_csv, 8000, brain.train_set.reader, **crops)
     starts = set()
     for row in range(len(train)):
-        first, second = train[1, row], train[2, row]
+        first, second = train[1, row, 1.0], train[2, row, 1.0]
         assert first["num_samples"] == 1600
         assert torch.equal(first["mix_sig"], second["mix_sig"])
         assert torch.allclose(first["sources"].sum(-1), first["mix_sig"], atol=1e-3)  # the same stretch of all

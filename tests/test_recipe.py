@@ -226,25 +226,6 @@ def test_the_best_checkpoint_is_evaluated_and_exported(recipe, run_recipe, libri
     assert not torch.equal(exported, of_last)
 
 
-def test_two_ranks_train_one_model(librimix, tmp_path):
-    """torchrun with two processes: equal weights on both, every sample in one bank, records once."""
-    overrides = {**TINY, "data_folder": librimix, "output_folder": tmp_path / "run", "batch_size": 2}
-    overrides.update(distributed_backend="gloo", ckpt_interval_minutes=0, ckpt_interval_steps=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(REPOSITORY / "tests" / "ranks_run.py"), str(HPARAMS), *arguments(overrides)]
-    run = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr.decode()[-3000:]
-    history = read_history(tmp_path / "run" / "history.csv")
-    assert [row["epoch"] for row in history] == [1, 2]
-    assert history[1]["train_loss"] < history[0]["train_loss"]
-    assert (tmp_path / "run" / "train_log.txt").read_text().count("epoch:") == 2
-    bank = torch.load(newest(tmp_path / "run") / "memory_bank.ckpt", weights_only=True)
-    assert bank["num_visits"].tolist() == [2] * 24
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for key in ranks[0]:
-        assert torch.equal(ranks[0][key], ranks[1][key]), key
-
-
 def read_mean(output_folder):
     with open(Path(output_folder, "test_results.csv"), newline="") as stream:
         return list(csv.DictReader(stream))[-1]
