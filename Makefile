@@ -30,6 +30,8 @@ setup: .venv/ready
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-peers.txt
+	@$(BIN)/pip install --disable-pip-version-check pesq==0.0.4 \
+		|| echo "note: pesq could not be compiled (that needs a C compiler); its tests are skipped"
 	$(BIN)/pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 

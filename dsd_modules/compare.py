@@ -38,7 +38,7 @@ class PairedDifference:
     """How much B's scores exceed A's on the same mixtures.
 
     ``mean_a``, ``mean_b`` and ``mean`` (of B - A) are over the ``num_pairs`` mixtures scored in both, ``low``
-    and ``high`` are the ends of the 95 % t interval of ``mean``: all in dB, NaN where undefined.
+    and ``high`` are the ends of the 95 % t interval of ``mean``: all in the scores' unit, NaN where undefined.
     ``num_unscored`` mixtures lack a score on either side and are left out.
     """
 
@@ -50,8 +50,13 @@ class PairedDifference:
     num_pairs: int
     num_unscored: int
 
-    def in_words(self):
+    def in_words(self, unit=" dB"):
         """What the difference means, in one sentence without a full stop.
+
+        Arguments
+        ---------
+        unit : str
+            What stands behind the difference.
 
         Returns
         -------
@@ -67,12 +72,12 @@ class PairedDifference:
         leader = "B" if self.mean > 0 else "A"
         interval = f"95 % interval [{self.low:.2f}, {self.high:.2f}]"
         if self.num_pairs == 1:
-            return f"B - A is {self.mean:.2f} dB on a single mixture: the interval is undefined"
+            return f"B - A is {self.mean:.2f}{unit} on a single mixture: the interval is undefined"
         if self.mean == 0:
             return f"A and B have the same mean, {interval}"
         if self.low <= 0 <= self.high:
-            return f"{leader} is ahead by {abs(self.mean):.2f} dB, but the {interval} includes zero"
-        return f"{leader} is better by {abs(self.mean):.2f} dB, {interval}: excludes zero"
+            return f"{leader} is ahead by {abs(self.mean):.2f}{unit}, but the {interval} includes zero"
+        return f"{leader} is better by {abs(self.mean):.2f}{unit}, {interval}: excludes zero"
 
 
 def paired_difference(a, b):
@@ -118,7 +123,8 @@ def comparison_table(results_a, results_b, metric="si_sdri"):
     results_a, results_b : dict
         Scores of each mixture by id, as ``read_results`` returns them.
     metric : str
-        The column that comes first, before SI-SDRi, SDRi and the SI-SDRi of the blocks that both runs have.
+        The column that comes first, before SI-SDRi, SDRi, PESQ, STOI and the SI-SDRi of the blocks, as far as both
+        runs have them.
 
     Returns
     -------
@@ -143,7 +149,7 @@ def comparison_table(results_a, results_b, metric="si_sdri"):
     if metric not in columns:
         raise ValueError(f"metric can only be one of {', '.join(columns) or 'nothing'}, but got {metric!r}.")
     blocks = [column for column in columns if column.startswith("si_sdri_block")]
-    wanted = dict.fromkeys([metric, "si_sdri", "sdri", *blocks])  # each once, in this order
+    wanted = dict.fromkeys([metric, "si_sdri", "sdri", "pesq", "stoi", *blocks])  # each once, in this order
     return {
         column: paired_difference([results_a[name][column] for name in ids], [results_b[name][column] for name in ids])
         for column in wanted
@@ -249,8 +255,11 @@ def describe(run_a, run_b, metric="si_sdri"):
     """
     (results_a, history_a), (results_b, history_b) = run_a, run_b
     table = comparison_table(results_a, results_b, metric)
-    text = [f"{column}: {difference.in_words()}" for column, difference in table.items()]
-    scores = [("test score (dB)", "mean A", "mean B", "B - A", "95 % interval", "pairs")]
+    text = [
+        f"{column}: {difference.in_words('' if column.startswith(('pesq', 'stoi')) else ' dB')}"
+        for column, difference in table.items()
+    ]
+    scores = [("test score", "mean A", "mean B", "B - A", "95 % interval", "pairs")]
     for column, difference in table.items():
         interval = f"[{_number(difference.low)}, {_number(difference.high)}]"
         means = map(_number, (difference.mean_a, difference.mean_b, difference.mean))

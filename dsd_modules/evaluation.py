@@ -41,8 +41,69 @@ def _sdr(est, ref, si_sdr):
     return torch.where(scores.isnan() & (si_sdr < _PERFECT_DB), torch.nan, _bounded(scores))
 
 
+def _checked_lengths(est, ref, lengths):
+    if est.dim() != 4 or est.shape[1:] != ref.shape:
+        raise ValueError(
+            f"est must be [L, B, N, T] and ref [B, N, T], but got the shapes {list(est.shape)} and {list(ref.shape)}."
+        )
+    num_samples = ref.shape[-1]
+    if lengths is None:
+        lengths = torch.full(ref.shape[:1], num_samples)
+    lengths = lengths.to(ref.device)
+    if lengths.shape != ref.shape[:1] or lengths.min() < 1 or lengths.max() > num_samples:
+        raise ValueError(f"lengths must be {len(ref)} numbers from 1 to {num_samples}, but got {lengths.tolist()}.")
+    return lengths
+
+
+def _without_padding(signal, lengths):
+    return torch.where(length_mask(lengths, signal.shape[-1]), signal, 0.0).double()
+
+
+def _without_failures(est, lengths):
+    """Estimates, ``[L, B, N, T]``; silent and non-finite ones are zero."""
+    est = _without_padding(est, lengths)
+    est = torch.where(est.isfinite().all(-1, keepdim=True), est, 0.0)
+    is_silent_est = torch.stack([is_silent(block, lengths) for block in est])  # (L, B, N)
+    return torch.where(is_silent_est.unsqueeze(-1), 0.0, est)
+
+
 @torch.no_grad()
-def score_batch(est, ref, mixture, lengths=None):
+def best_permutations(est, ref, lengths=None):
+    """The assignment of each block's estimates to the references that maximises the mean SI-SDR.
+
+    Arguments
+    ---------
+    est : torch.Tensor
+        Estimates of all blocks, ``[L, B, N, T]``.
+    ref : torch.Tensor
+        References, ``[B, N, T]``.
+    lengths : torch.Tensor, optional
+        Samples of each item, ``[B]``. None: all ``T``.
+
+    Returns
+    -------
+    perm : torch.Tensor
+        ``[L, B, N]``: ``perm[l, b, i]`` is the index of the estimate assigned to reference ``i``, for
+        :func:`dsd_modules.permutation.reorder_estimates`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
+    Example
+    -------
+    >>> ref = torch.randn(1, 3, 800)
+    >>> best_permutations(ref[None, :, [2, 0, 1]], ref)
+    tensor([[[1, 2, 0]]])
+    """
+    lengths = _checked_lengths(est, ref, lengths)
+    est = _without_failures(est, lengths)
+    return solve_assignment(pairwise_neg_si_sdr(est, _without_padding(ref, lengths), lengths))
+
+
+@torch.no_grad()
+def score_batch(est, ref, mixture, lengths=None, perm=None):
     """Score a batch of separated mixtures by SI-SDR and SDR and the improvements of both over the mixture.
 
     SI-SDR is the zero-mean one (Le Roux et al. 2019); SDR is BSS Eval's with its 512-tap distortion filter
@@ -58,13 +119,16 @@ def score_batch(est, ref, mixture, lengths=None):
     Arguments
     ---------
     est : torch.Tensor
-        Estimates of all blocks, the final one last: ``[L, B, N, T]``.
+        Estimates of all blocks, the final one last: ``[L, B, N, T]``. To have the scores of block ``b`` (from 1) in
+        the final one's place, give ``est[:b]``.
     ref : torch.Tensor
         References, ``[B, N, T]``.
     mixture : torch.Tensor
         ``[B, T]``.
     lengths : torch.Tensor, optional
         Samples of each item, ``[B]``; what lies beyond never changes a score. None: all ``T``.
+    perm : torch.Tensor, optional
+        The :func:`best_permutations` of ``est``, where they are known already.
 
     Returns
     -------
@@ -88,27 +152,14 @@ def score_batch(est, ref, mixture, lengths=None):
     >>> scores["si_sdr"] > 30, scores["si_sdri_block2"] == scores["si_sdri"]
     (True, True)
     """
-    if est.dim() != 4 or est.shape[1:] != ref.shape or mixture.shape != ref[:, 0].shape:
-        raise ValueError(
-            "est must be [L, B, N, T], ref [B, N, T] and mixture [B, T], but got the shapes "
-            f"{list(est.shape)}, {list(ref.shape)} and {list(mixture.shape)}."
-        )
-    num_samples = ref.shape[-1]
-    if lengths is None:
-        lengths = torch.full(ref.shape[:1], num_samples)
-    lengths = lengths.to(ref.device)
-    if lengths.shape != ref.shape[:1] or lengths.min() < 1 or lengths.max() > num_samples:
-        raise ValueError(f"lengths must be {len(ref)} numbers from 1 to {num_samples}, but got {lengths.tolist()}.")
-
-    mask = length_mask(lengths, num_samples)  # (B, 1, T)
-    est, ref, mixture = (
-        torch.where(mask, signal, 0.0).double() for signal in (est, ref, mixture.unsqueeze(1))
-    )  # (L, B, N, T), (B, N, T), (B, 1, T)
-    est = torch.where(est.isfinite().all(-1, keepdim=True), est, 0.0)
-    is_silent_est = torch.stack([is_silent(block, lengths) for block in est])  # (L, B, N)
-    est = torch.where(is_silent_est.unsqueeze(-1), 0.0, est)
-    perm = solve_assignment(pairwise_neg_si_sdr(est, ref, lengths))  # (L, B, N)
-    est = reorder_estimates(est, perm)
+    lengths = _checked_lengths(est, ref, lengths)
+    if mixture.shape != ref[:, 0].shape:
+        raise ValueError(f"mixture must be [B, T] = {list(ref[:, 0].shape)}, but got {list(mixture.shape)}.")
+    if perm is None:
+        perm = best_permutations(est, ref, lengths)
+    mask = length_mask(lengths, ref.shape[-1])  # (B, 1, T)
+    est = reorder_estimates(_without_failures(est, lengths), perm)  # (L, B, N, T)
+    ref, mixture = (_without_padding(signal, lengths) for signal in (ref, mixture.unsqueeze(1)))  # mixture: (B, 1, T)
 
     def zero_mean(signal):
         mean = signal.sum(-1, keepdim=True) / lengths.view(-1, 1, 1)

@@ -1,5 +1,6 @@
-"""What a finished run leaves: separated examples, the report, and where everything is."""
+"""What a finished run leaves: scores by groups, separated examples, the report, and where everything is."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import soundfile
 
 from dsd_modules.evaluation import read_results
+from dsd_modules.groups import gender_pairs, write_groups
 from dsd_modules.inference import SepformerDSDSeparation, save_estimates
 from dsd_modules.losses import PITLoss
 from dsd_modules.permutation import reorder_estimates
@@ -51,34 +53,105 @@ def separate_example(exported, item, folder):
     }
 
 
-def finish_run(output_folder, exported, test_set):
-    """Separate a test mixture of median quality, draw the report, and print where everything is.
+def results_table(output_folder, test_block=None):
+    """Where the test scores are kept.
+
+    Arguments
+    ---------
+    output_folder : str or Path
+        The run's folder.
+    test_block : int, optional
+        The block (from 1) whose estimates were scored in the final one's place; None: the final one.
+
+    Returns
+    -------
+    Path
+        ``test_results.csv``, which is what reports and comparisons read, or ``test_results_block<b>.csv``.
+
+    Example
+    -------
+    >>> results_table("run", test_block=2).name
+    'test_results_block2.csv'
+    """
+    suffix = "" if test_block is None else f"_block{test_block}"
+    return Path(output_folder) / f"test_results{suffix}.csv"
+
+
+def _main_scores(row):
+    """The scores that papers report, as far as they are in the row, by their names."""
+    names = {"si_sdri": "SI-SDRi", "sdri": "SDRi", "pesq": "PESQ", "stoi": "STOI"}
+    return {name: row[column] for column, name in names.items() if column in row}
+
+
+def format_groups(groups):
+    """The scores of each group as a table for the terminal.
+
+    Arguments
+    ---------
+    groups : list of dict
+        From :func:`dsd_modules.groups.write_groups`.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> print(format_groups([{"kind": "gender", "group": "FM", "num_mixtures": 2, "si_sdri": 9.5, "stoi": 0.9}]))
+      group             mixtures   SI-SDRi      STOI
+      gender FM                2      9.50      0.90
+    """
+    lines = [f"  {'group':16}{'mixtures':>10}" + "".join(f"{name:>10}" for name in _main_scores(groups[0]))]
+    for group in groups:
+        values = ("-" if math.isnan(value) else f"{value:.2f}" for value in _main_scores(group).values())
+        name = f"{group['kind']} {group['group']}"
+        lines.append(f"  {name:16}{group['num_mixtures']:10}" + "".join(f"{value:>10}" for value in values))
+    return "\n".join(lines)
+
+
+def finish_run(output_folder, exported, test_set, test_block=None, folders=()):
+    """Write the scores of groups, separate a test mixture of median quality, draw the report, print what came out.
+
+    The report and the separated mixture are of the whole model: with ``test_block`` they stay as they are.
 
     Arguments
     ---------
     output_folder : str
-        The run's folder, with ``history.csv`` and ``test_results.csv``.
+        The run's folder, with ``history.csv`` and the :func:`results_table`.
     exported : str
         The exported model.
     test_set : MixtureDataset
         The test set.
+    test_block : int, optional
+        See :func:`results_table`.
+    folders : list of (str or None)
+        Where metadata may tell the speakers' sexes, see :func:`dsd_modules.groups.gender_pairs`.
     """
     output_folder, exported = Path(output_folder).resolve(), Path(exported).resolve()
-    rows, mean = read_results(output_folder / "test_results.csv")
-    # Neither the best nor the worst: the example shall show what to expect.
-    scored = sorted((row["si_sdri"], sample_id) for sample_id, row in rows.items() if np.isfinite(row["si_sdri"]))
-    median_id = scored[len(scored) // 2][1] if scored else test_set.data_ids[0]
-    example = separate_example(exported, test_set[test_set.data_ids.index(median_id)], output_folder / "examples")
-    history = read_history(output_folder / "history.csv")
-    draw_report(history, output_folder / "report.png", results=mean, example=example)
+    table = results_table(output_folder, test_block)
+    rows, mean = read_results(table)
+    num_spks = sum(column.startswith("si_sdr_spk") for column in mean)
+    groups_table = table.with_name(table.name.replace("results", "groups"))
+    groups = write_groups(groups_table, rows, gender_pairs(rows, num_spks, folders))
+    places = {"results table": table} | ({"table of groups": groups_table} if groups else {})
+    if test_block is None:
+        # Neither the best nor the worst: the example shall show what to expect.
+        scored = sorted((row["si_sdri"], sample_id) for sample_id, row in rows.items() if np.isfinite(row["si_sdri"]))
+        median_id = scored[len(scored) // 2][1] if scored else test_set.data_ids[0]
+        example = separate_example(exported, test_set[test_set.data_ids.index(median_id)], output_folder / "examples")
+        history = read_history(output_folder / "history.csv")
+        draw_report(history, output_folder / "report.png", results=mean, example=example)
+        places |= {
+            "figure": output_folder / "report.png",
+            "TensorBoard": f"{sys.executable} -m tensorboard.main --logdir {output_folder / 'tensorboard'}",
+            "separated voices": output_folder / "examples",
+            "exported model": exported,
+        }
     of_blocks = {name.removeprefix("si_sdri_"): value for name, value in mean.items() if "_block" in name}
     blocks = ", ".join(f"{block} {value:.2f}" for block, value in of_blocks.items())
-    print(
-        f"\nTest, {len(rows)} mixtures: SI-SDRi {mean['si_sdri']:.2f} dB, SDRi {mean['sdri']:.2f} dB "
-        f"({blocks})\n"
-        f"  results table     {output_folder / 'test_results.csv'}\n"
-        f"  figure            {output_folder / 'report.png'}\n"
-        f"  TensorBoard       {sys.executable} -m tensorboard.main --logdir {output_folder / 'tensorboard'}\n"
-        f"  separated voices  {output_folder / 'examples'}\n"
-        f"  exported model    {exported}"
-    )
+    scores = ", ".join(f"{name} {value:.2f}{' dB' * ('SDR' in name)}" for name, value in _main_scores(mean).items())
+    block = "" if test_block is None else f" of block {test_block}"
+    print(f"\nTest{block}, {len(rows)} mixtures: {scores} ({blocks})")
+    if groups:
+        print(format_groups(groups))
+    print("\n".join(f"  {name:16}  {place}" for name, place in places.items()))
