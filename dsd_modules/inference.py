@@ -24,7 +24,8 @@ class SepformerDSDSeparation:
     Arguments
     ---------
     modules : dict
-        ``encoder``, ``masknet`` (:class:`dsd_modules.masknet.DualPathMaskNet`) and ``decoder``.
+        ``encoder``, ``masknet`` (:class:`dsd_modules.masknet.DualPathMaskNet` or
+        :class:`dsd_modules.tasnet.ConvTasNetMaskNet`) and ``decoder``.
     sample_rate : int
         Of the recordings it was trained with, Hz.
     device : str or torch.device
@@ -35,7 +36,7 @@ class SepformerDSDSeparation:
     num_spks : int
         Number of speakers that it separates.
     num_blocks : int
-        Number of dual-path blocks.
+        Number of dual-path blocks, or of Conv-TasNet's repeats.
 
     Raises
     ------
@@ -68,13 +69,14 @@ class SepformerDSDSeparation:
 
     @classmethod
     def from_hparams(cls, source, savedir=None, run_opts=None):
-        """Load an exported model. No file is created, and no code of the folder is run.
+        """Load a SepFormer, DPRNN or Conv-TasNet. No code of the folder is run.
 
         Arguments
         ---------
         source : str or Path
-            A local folder from :func:`dsd_modules.model_folder.export_model`, or a SepFormer in SpeechBrain's
-            published form.
+            A local folder from :func:`dsd_modules.model_folder.export_model`, or a separator in SpeechBrain's
+            published form; or its name on the Hugging Face hub, such as ``speechbrain/sepformer-libri2mix``, with
+            ``@revision`` where one is to be pinned. From there it is downloaded into the hub's own cache.
         savedir : str, optional
             Not used: SpeechBrain's calls name it.
         run_opts : dict, optional
@@ -87,8 +89,8 @@ class SepformerDSDSeparation:
         Raises
         ------
         ValueError
-            If the folder or a file is missing, its YAML is not that of a SepFormer or asks for anything to
-            be run, or its weights do not fit.
+            If the folder or a file is missing or cannot be downloaded, its YAML is not that of a separator of
+            these kinds or asks for anything to be run, or its weights do not fit.
         """
         modules, sample_rate = read_model(source)
         return cls(modules, sample_rate, (run_opts or {}).get("device") or "cpu")

@@ -1,4 +1,4 @@
-"""The dual-path mask network of SepFormer, with the output of every block at hand.
+"""The dual-path mask network of SepFormer and DPRNN, with the output of every block at hand.
 
 The parameters are those of SpeechBrain's ``Dual_Path_Model``, name by name, so its checkpoints load.
 """
@@ -13,16 +13,21 @@ from speechbrain.lobes.models.dual_path import (
     CumulativeLayerNorm,
     Dual_Computation_Block,
     Dual_Path_Model,
+    SBRNNBlock,
     SBTransformerBlock,
 )
 from speechbrain.nnet.attention import MultiheadAttention
+from speechbrain.nnet.RNN import rnn_init
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 # Smaller tensors are cheaper to keep than to compute again.
 _BYTES_WORTH_SAVING = 2**20
 
 
 class DualPathMaskNet(Dual_Path_Model):
-    """SpeechBrain's dual-path model of SepFormer (https://arxiv.org/abs/2010.13154), for layer-wise training.
+    """SpeechBrain's dual-path model of SepFormer (https://arxiv.org/abs/2010.13154) and DPRNN
+    (https://arxiv.org/abs/1910.06379), for layer-wise training.
 
     It has the parameters of ``Dual_Path_Model`` and computes the same masks. What differs:
 
@@ -38,9 +43,9 @@ class DualPathMaskNet(Dual_Path_Model):
         Number of channels at the output of the encoder.
     out_channels : int
         Number of channels of the intra and inter models.
-    intra_model : SBTransformerBlock
+    intra_model : SBTransformerBlock or SBRNNBlock
         Model to process within the chunks. A template: each block gets a copy with weights of its own.
-    inter_model : SBTransformerBlock
+    inter_model : SBTransformerBlock or SBRNNBlock
         Model to process across the chunks. A template, too.
     num_layers : int
         Number of dual-path blocks.
@@ -58,11 +63,15 @@ class DualPathMaskNet(Dual_Path_Model):
         Global positional encodings.
     max_length : int
         Number of channels of the global positional encodings: ``out_channels`` where they are used.
+    activation_checkpointing : bool
+        Whether training computes each transformer layer, or recurrent model, again in the backward pass, in
+        place of keeping what is in it: less memory for more time, and the same gradients.
 
     Raises
     ------
     ValueError
-        Where a model is not an ``SBTransformerBlock`` with attention type "regularMHA", or K is below 2.
+        Where a model is neither an ``SBTransformerBlock`` with attention type "regularMHA" nor an ``SBRNNBlock``
+        whose width fits, or K is below 2.
 
     Example
     -------
@@ -93,9 +102,9 @@ class DualPathMaskNet(Dual_Path_Model):
         linear_layer_after_inter_intra=True,
         use_global_pos_enc=False,
         max_length=20000,
+        activation_checkpointing=False,
     ):
-        for model in (intra_model, inter_model):
-            _check_transformer(model)
+        _check_models(intra_model, inter_model, out_channels, linear_layer_after_inter_intra)
         if K < 2:
             raise ValueError(f"K, the chunk length in frames, must be at least 2, but got {K}")
         super().__init__(
@@ -111,6 +120,7 @@ class DualPathMaskNet(Dual_Path_Model):
             max_length=max_length,
         )
         self.num_layers = num_layers
+        self.activation_checkpointing = activation_checkpointing
         for _ in range(num_layers):
             block = DualPathBlock(
                 copy.deepcopy(intra_model),
@@ -148,10 +158,13 @@ class DualPathMaskNet(Dual_Path_Model):
         ValueError
             Where a block does not exist, lengths do not fit the batch, or the norm does not allow lengths.
         """
-        indices = self._block_indices([-1] if blocks is None else blocks)
-        lengths = self._padded_lengths(lengths, x)
+        indices = block_indices([-1] if blocks is None else blocks, self.num_layers)
+        lengths = padded_lengths(lengths, x)
         frame_mask = chunk_mask = None
         if lengths is not None:
+            norm = self.dual_mdl[0].norm
+            if norm not in ("ln", "gln", "cln"):
+                raise ValueError(f"lengths need norm 'ln', 'gln' or 'cln', but got {norm!r}")
             frame_mask = torch.arange(x.shape[2], device=x.device) < lengths[:, None, None]  # [B, 1, F]
 
         x = self.conv1d(_normalize(self.norm, x, frame_mask))  # [B, N, F]
@@ -166,46 +179,15 @@ class DualPathMaskNet(Dual_Path_Model):
             num_chunks = 2 * ((lengths + self.K // 2) // self.K + 1)  # [B]
             chunk_mask = torch.arange(x.shape[3], device=x.device) < num_chunks[:, None]  # [B, S]
 
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         masks = {}
         for index, block in enumerate(self.dual_mdl[: max(indices) + 1]):
-            x = block(x, chunk_mask)
+            x = block(x, chunk_mask, recompute)
             if index in indices:
                 masks[index] = self._output_head(x, gap, frame_mask)  # [spks, B, N, F]
         if blocks is None:
             return masks[indices[0]]
         return torch.stack([masks[index] for index in indices])
-
-    def _block_indices(self, blocks):
-        """Indices from 0 of the blocks asked for."""
-        if isinstance(blocks, str):
-            if blocks != "all":
-                raise ValueError(f"blocks can only be indices or 'all', but got {blocks!r}")
-            blocks = range(self.num_layers)
-        blocks = list(blocks)
-        if not blocks:
-            raise ValueError(f"blocks must name at least one block, but got {blocks}")
-        for block in blocks:
-            if not -self.num_layers <= block < self.num_layers:
-                raise ValueError(f"block {block} does not exist in a model of {self.num_layers} blocks")
-        return [block % self.num_layers for block in blocks]
-
-    def _padded_lengths(self, lengths, x):
-        """Lengths on the device of x, or None where no item is known to be padded."""
-        if lengths is None:
-            return None
-        lengths = torch.as_tensor(lengths)
-        num_frames = x.shape[2]
-        if lengths.shape != x.shape[:1]:
-            raise ValueError(f"lengths must have shape [{x.shape[0]}], but got {list(lengths.shape)}")
-        if lengths.device.type == "cpu":
-            if lengths.min() < 1 or lengths.max() > num_frames:
-                raise ValueError(f"lengths must lie in [1, {num_frames}] frames, but got {lengths.tolist()}")
-            if lengths.min() == num_frames:
-                return None
-        norm = self.dual_mdl[0].norm
-        if norm not in ("ln", "gln", "cln"):
-            raise ValueError(f"lengths need norm 'ln', 'gln' or 'cln', but got {norm!r}")
-        return lengths.to(x.device, non_blocking=True)
 
     def _output_head(self, x, gap, frame_mask):
         """Masks [spks, B, N, F] from a block's output [B, N, K, S]."""
@@ -238,7 +220,7 @@ class DualPathBlock(Dual_Computation_Block):
     torch.Size([2, 16, 10, 6])
     """
 
-    def forward(self, x, chunk_mask=None):
+    def forward(self, x, chunk_mask=None, recompute=False):
         """Process within the chunks, then across them.
 
         Arguments
@@ -248,6 +230,8 @@ class DualPathBlock(Dual_Computation_Block):
         chunk_mask : torch.Tensor, optional
             True for the chunks an item has, False for those of padding alone, [B, S]. The output of
             the latter is finite, but without meaning.
+        recompute : bool
+            Whether the backward pass computes the activations of the layers again.
 
         Returns
         -------
@@ -255,13 +239,13 @@ class DualPathBlock(Dual_Computation_Block):
             [B, N, K, S].
         """
         B, N, K, S = x.shape
-        intra_mask = inter_mask = attention_mask = None
+        intra_mask = inter_mask = row_mask = None
         if chunk_mask is not None:
             intra_mask, inter_mask = chunk_mask[:, :, None, None], chunk_mask[:, None, :, None]
-            attention_mask = chunk_mask.repeat_interleave(K, dim=0)[:, None, None, :]  # [B*K, 1, 1, S]
+            row_mask = chunk_mask.repeat_interleave(K, dim=0)  # [B*K, S]
 
         x = x.permute(0, 3, 2, 1).contiguous()  # [B, S, K, N]; the chunks and a block's output lie so in memory
-        intra = _transformer(self.intra_mdl, x.view(B * S, K, N)).view(B, S, K, N)
+        intra = _apply_model(self.intra_mdl, x.view(B * S, K, N), recompute=recompute).view(B, S, K, -1)
         if self.linear_layer_after_inter_intra:
             intra = self.intra_linear(intra)
         if self.norm is not None:
@@ -270,7 +254,7 @@ class DualPathBlock(Dual_Computation_Block):
             intra = intra + x
 
         inter = intra.transpose(1, 2).contiguous()  # [B, K, S, N]; reshape would leave one item as it lies: slow
-        inter = _transformer(self.inter_mdl, inter.view(B * K, S, N), attention_mask).view(B, K, S, N)
+        inter = _apply_model(self.inter_mdl, inter.view(B * K, S, N), row_mask, recompute).view(B, K, S, -1)
         if self.linear_layer_after_inter_intra:
             inter = self.inter_linear(inter)
         if self.norm is not None:
@@ -295,20 +279,65 @@ def _overlap_add(x, gap):
     return x.transpose(1, 2)
 
 
-def _check_transformer(model):
-    """Refuse models whose submodules ``_transformer`` does not know."""
-    if not isinstance(model, SBTransformerBlock):
-        raise ValueError(f"intra and inter models can only be SBTransformerBlock, but got {type(model)}")
-    for layer in model.mdl.layers:
-        if not isinstance(layer.self_att, MultiheadAttention):
-            raise ValueError(f"attention_type can only be 'regularMHA', but got {type(layer.self_att)}")
+def block_indices(blocks, num_blocks):
+    """Indices from 0 of the blocks asked for, which are "all", or indices of which negative ones count from the end."""
+    if isinstance(blocks, str):
+        if blocks != "all":
+            raise ValueError(f"blocks can only be indices or 'all', but got {blocks!r}")
+        blocks = range(num_blocks)
+    blocks = list(blocks)
+    if not blocks:
+        raise ValueError(f"blocks must name at least one block, but got {blocks}")
+    for block in blocks:
+        if not -num_blocks <= block < num_blocks:
+            raise ValueError(f"block {block} does not exist in a model of {num_blocks} blocks")
+    return [block % num_blocks for block in blocks]
+
+
+def padded_lengths(lengths, x):
+    """Lengths on the device of x [B, N, F], or None where no item is known to be padded."""
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths)
+    num_frames = x.shape[2]
+    if lengths.shape != x.shape[:1]:
+        raise ValueError(f"lengths must have shape [{x.shape[0]}], but got {list(lengths.shape)}")
+    if lengths.device.type == "cpu":
+        if lengths.min() < 1 or lengths.max() > num_frames:
+            raise ValueError(f"lengths must lie in [1, {num_frames}] frames, but got {lengths.tolist()}")
+        if lengths.min() == num_frames:
+            return None
+    return lengths.to(x.device, non_blocking=True)
+
+
+def _check_models(intra_model, inter_model, out_channels, has_linear):
+    """Refuse models that ``_apply_model`` does not know, and those of which SpeechBrain builds no block."""
+    for name, model in (("intra_model", intra_model), ("inter_model", inter_model)):
+        if isinstance(model, SBTransformerBlock):
+            for layer in model.mdl.layers:
+                if not isinstance(layer.self_att, MultiheadAttention):
+                    raise ValueError(f"attention_type can only be 'regularMHA', but got {type(layer.self_att)}")
+            continue
+        if not isinstance(model, SBRNNBlock):
+            raise ValueError(f"{name} can only be SBTransformerBlock or SBRNNBlock, but got {type(model)}")
+        rnn = model.mdl.rnn
+        width, expected = rnn.hidden_size * (1 + rnn.bidirectional), out_channels
+        if has_linear:  # which SpeechBrain makes for a bidirectional intra model
+            expected = 2 * intra_model.mdl.rnn.hidden_size if isinstance(intra_model, SBRNNBlock) else None
+        if width != expected:
+            raise ValueError(
+                "with linear_layer_after_inter_intra, an SBRNNBlock must be bidirectional and both models have the "
+                f"same hidden_channels; without, it must give {out_channels} channels; but {name} gives {width}"
+            )
 
 
 def _reset_parameters(module):
-    """Draw the weights of one module anew, by PyTorch's own rule."""
+    """Draw the weights of one module anew, by PyTorch's own rule, and the recurrent ones by SpeechBrain's."""
     for name in ("reset_parameters", "_reset_parameters"):  # the latter is nn.MultiheadAttention's
         if hasattr(module, name):
             getattr(module, name)()
+    if isinstance(module, torch.nn.RNNBase):
+        rnn_init(module)
 
 
 def _normalize(norm, x, mask=None):
@@ -319,14 +348,19 @@ def _normalize(norm, x, mask=None):
     x = x.to(torch.promote_types(x.dtype, norm.weight.dtype))
     if mask is None or isinstance(norm, CumulativeLayerNorm):  # the latter normalises each frame by itself
         return norm(x)
+    shape = (-1,) + (1,) * (x.dim() - 2)  # of the channels
+    return masked_norm(x, mask, norm.weight.view(shape), norm.bias.view(shape), norm.eps)
+
+
+def masked_norm(x, mask, weight, bias, eps):
+    """Norm of x [B, N, ...] with the mean and variance of all that is masked of an item."""
     axes = tuple(range(1, x.dim()))
     x = torch.where(mask, x, 0)
     count = mask.sum(axes, keepdim=True).clamp(min=1) * (x[0].numel() // mask[0].numel())  # [B, 1, ...]
     centered = torch.where(mask, x - x.sum(axes, keepdim=True) / count, 0)  # [B, N, ...]
     variance = centered.square().sum(axes, keepdim=True) / count  # [B, 1, ...]
-    shape = (-1,) + (1,) * (x.dim() - 2)  # of the channels
-    scale = torch.rsqrt(variance + norm.eps) * norm.weight.view(shape)  # [B, N, 1, ...]
-    return centered * scale + norm.bias.view(shape)
+    scale = torch.rsqrt(variance + eps) * weight  # [B, N, 1, ...]
+    return centered * scale + bias
 
 
 def _normalize_channels_last(norm, x, mask=None):
@@ -339,19 +373,49 @@ def _normalize_channels_last(norm, x, mask=None):
     return _after_norm(lambda x: torch.addcmul(norm.bias, x, norm.weight), standardize, x)
 
 
-def _transformer(model, x, attention_mask=None):
+def _apply_model(model, x, mask=None, recompute=False):
+    """An intra or inter model for x [B, T, N]. The mask [B, T] is True for the first steps of a row, those it has."""
+    if isinstance(model, SBRNNBlock):
+        return run_layer(_recurrent, model.mdl.rnn, x, mask, recompute=recompute)
+    return _transformer(model, x, None if mask is None else mask[:, None, None], recompute)
+
+
+def run_layer(function, *args, recompute):
+    """``function(*args)``; with ``recompute``, what it would keep for the backward pass is computed again there."""
+    return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+
+
+def _recurrent(rnn, x, mask=None):
+    """``SBRNNBlock.forward`` for x [B, T, N]. The steps of a row that the mask [B, T] leaves out are not run."""
+    rnn.flatten_parameters()
+    if mask is None:
+        return rnn(x)[0]
+    packed = pack_padded_sequence(x, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+    return pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+
+
+def _transformer(model, x, mask=None, recompute=False):
     """``SBTransformerBlock.forward`` for x [B, T, N] with fused attention, without attention weights."""
     if model.use_positional_encoding:
         x = x + _positional_encoding(model.pos_enc, x.shape[1])
+    # The hooks of _after_norm would keep what a checkpoint shall not.
+    after_norm = _after_norm_kept if recompute else _after_norm
     for layer in model.mdl.layers:
-        attend = partial(_self_attention, layer.self_att.att, mask=attention_mask)
-        if layer.normalize_before:
-            x = x + layer.dropout1(_after_norm(attend, layer.norm1, x))
-            x = x + layer.dropout2(_after_norm(layer.pos_ffn.ffn, layer.norm2, x))
-        else:
-            x = layer.norm1(x + layer.dropout1(attend(x)))
-            x = layer.norm2(x + layer.dropout2(layer.pos_ffn.ffn(x)))
+        x = run_layer(_transformer_layer, layer, x, mask, after_norm, recompute=recompute)
     return model.mdl.norm(x)
+
+
+def _transformer_layer(layer, x, mask, after_norm):
+    attend = partial(_self_attention, layer.self_att.att, mask=mask)
+    if layer.normalize_before:
+        x = x + layer.dropout1(after_norm(attend, layer.norm1, x))
+        return x + layer.dropout2(after_norm(layer.pos_ffn.ffn, layer.norm2, x))
+    x = layer.norm1(x + layer.dropout1(attend(x)))
+    return layer.norm2(x + layer.dropout2(layer.pos_ffn.ffn(x)))
+
+
+def _after_norm_kept(function, norm, x):
+    return function(norm(x))
 
 
 def _after_norm(function, norm, x):
@@ -360,8 +424,9 @@ def _after_norm(function, norm, x):
     That is a fifth of a transformer's memory for a hundredth of its time.
     """
     normed = norm(x)
-    is_small = normed.nbytes < _BYTES_WORTH_SAVING
-    if is_small or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(normed)
+    if normed.nbytes < _BYTES_WORTH_SAVING:
         return function(normed)
     address = normed.data_ptr()  # not the tensor: the hooks would keep it
 

@@ -9,18 +9,21 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import yaml
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import YAMLError
-from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBTransformerBlock
+from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBRNNBlock, SBTransformerBlock
 
 from dsd_modules.files import flush_to_disk, write_whole
 from dsd_modules.masknet import DualPathMaskNet
-from dsd_modules.options import MODEL_OPTIONS
+from dsd_modules.options import is_hub_name
 from dsd_modules.separator import separate
+from dsd_modules.tasnet import ConvTasNetMaskNet
 
 # What a folder's YAML may name, and what is built for it. Nothing else is ever imported or called.
 _CLASSES = {
@@ -28,22 +31,29 @@ _CLASSES = {
     "masknet": {
         "dsd_modules.masknet.DualPathMaskNet": DualPathMaskNet,
         "speechbrain.lobes.models.dual_path.Dual_Path_Model": DualPathMaskNet,  # the same parameters
+        "dsd_modules.tasnet.ConvTasNetMaskNet": ConvTasNetMaskNet,
+        "speechbrain.lobes.models.conv_tasnet.MaskNet": ConvTasNetMaskNet,  # the same parameters
     },
     "decoder": {"speechbrain.lobes.models.dual_path.Decoder": Decoder},
 }
-_TRANSFORMERS = {"speechbrain.lobes.models.dual_path.SBTransformerBlock": SBTransformerBlock}
+_CHUNK_MODELS = {
+    "speechbrain.lobes.models.dual_path.SBTransformerBlock": SBTransformerBlock,
+    "speechbrain.lobes.models.dual_path.SBRNNBlock": SBRNNBlock,
+}
+_RNN_TYPES = ("LSTM", "GRU", "RNN")  # SBRNNBlock would call whatever stands under another name
 _MODULES = tuple(_CLASSES)
 _PLAN_PREFIXES = ("!new:", "!name:")
 _PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
 }
 _HPARAMS_FILE = "hyperparams.yaml"
-_FILES = {_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)}
+_FILES = [_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)]
 _NEEDED = ("num_spks", "sample_rate", "modules")  # and what they refer to
+_TRAINING_OPTIONS = ("dropout", "activation_checkpointing")  # of the modules, but no checkpoint fixes them
 
 _HEADER = """\
-# SepFormer (https://arxiv.org/abs/2010.13154), exported for inference. It loads with
-# dsd_modules.inference.SepformerDSDSeparation and with speechbrain.inference.SepformerSeparation.
+# A speech separator, exported for inference. It loads with dsd_modules.inference.SepformerDSDSeparation and with
+# speechbrain.inference.SepformerSeparation.
 
 """
 _PRETRAINER = """
@@ -78,7 +88,7 @@ def export_model(folder, hparams_file, options, modules):
     Raises
     ------
     ValueError
-        If the YAML cannot be read or wires anything but a SepFormer, an option is missing, the two do not
+        If the YAML cannot be read or wires another kind of model, an option is missing, the two do not
         give a model that separates as the modules do, or the folder holds anything else.
 
     Example
@@ -142,27 +152,57 @@ def export_model(folder, hparams_file, options, modules):
     return Path(folder)
 
 
+def model_options(hparams_file):
+    """The options of a training YAML that its checkpoints fix: those that the modules are built from.
+
+    Arguments
+    ---------
+    hparams_file : str or Path
+        It is read as text: nothing of it is run.
+
+    Returns
+    -------
+    list of str
+        In the order of the YAML.
+
+    Raises
+    ------
+    ValueError
+        If the YAML cannot be read.
+
+    Example
+    -------
+    >>> hparams_file = Path(__file__).parents[1] / "recipes/LibriMix/separation/hparams/sepformer_dsd.yaml"
+    >>> model_options(hparams_file)[:4]
+    ['num_spks', 'sample_rate', 'num_filters', 'kernel_size']
+    """
+    part = _model_part(hparams_file)
+    return [n for n, value in part.items() if not isinstance(value, dict | list) and n not in _TRAINING_OPTIONS]
+
+
 def read_model(folder):
-    """Build the model of a folder. No file is created, and no code of the folder is run.
+    """Build the model of a folder. No code of the folder is run.
 
     Arguments
     ---------
     folder : str or Path
-        From :func:`export_model`, or a SepFormer in SpeechBrain's published form.
+        From :func:`export_model`, or a separator in SpeechBrain's published form; or its name on the Hugging
+        Face hub, ``owner/name`` or ``owner/name@revision``, from where its four files are downloaded into the
+        hub's own cache.
 
     Returns
     -------
     modules : dict
-        ``encoder``, ``masknet`` (:class:`dsd_modules.masknet.DualPathMaskNet`) and ``decoder`` with their
-        weights, float32, on the CPU.
+        ``encoder``, ``masknet`` (:class:`dsd_modules.masknet.DualPathMaskNet` or
+        :class:`dsd_modules.tasnet.ConvTasNetMaskNet`) and ``decoder`` with their weights, float32, on the CPU.
     sample_rate : int
         Of the recordings it was trained with, Hz.
 
     Raises
     ------
     ValueError
-        If the folder or a file is missing, its YAML is not that of a SepFormer or asks for anything to
-        be run, or its weights do not fit.
+        If the folder or a file is missing or cannot be downloaded, its YAML is not that of a separator of these
+        kinds or asks for anything to be run, or its weights do not fit.
 
     Example
     -------
@@ -188,15 +228,15 @@ def load_weights(folder, modules):
     ---------
     folder : str or Path
         From :func:`export_model`, or of SpeechBrain's published form: ``encoder.ckpt``, ``masknet.ckpt`` and
-        ``decoder.ckpt``.
+        ``decoder.ckpt``. Or its name on the Hugging Face hub, as for :func:`read_model`.
     modules : dict
         ``encoder``, ``masknet`` and ``decoder``, on any device. Their weights are replaced.
 
     Raises
     ------
     ValueError
-        If the folder or a file is missing, a file is no checkpoint, or it does not fit its module: which key
-        differs, and how.
+        If the folder or a file is missing or cannot be downloaded, a file is no checkpoint, or it does not fit
+        its module: which key differs, and how.
 
     Example
     -------
@@ -209,20 +249,25 @@ def load_weights(folder, modules):
     for name, state in states.items():
         _check_state(state, modules[name], f"{folder / f'{name}.ckpt'} does not fit the model")
     try:
-        heads = _num_heads(_read_modules(folder)[0]["masknet"])  # which no weight shows
+        form = _form(_read_modules(folder)[0]["masknet"])
     except (FileNotFoundError, ValueError):
-        heads = None  # weights that came without a YAML of this form
-    if heads not in (None, _num_heads(modules["masknet"])):
-        raise ValueError(
-            f"{folder / _HPARAMS_FILE} does not fit the model: its attention layers have {heads} heads, "
-            f"but expected {_num_heads(modules['masknet'])}."
-        )
+        form = {}  # weights that came without a YAML of this form
+    for name, expected in _form(modules["masknet"]).items():
+        if form.get(name, expected) != expected:
+            raise ValueError(
+                f"{folder / _HPARAMS_FILE} does not fit the model: its {name} is {form[name]}, but expected {expected}."
+            )
     for name, state in states.items():
         modules[name].load_state_dict(state)
 
 
 def _inference_yaml(hparams_file, options):
     """The part of a training YAML that inference needs, with the values of the options, as text."""
+    return _HEADER + _dump(_model_part(hparams_file, options)) + _PRETRAINER
+
+
+def _model_part(hparams_file, options=None):
+    """The top-level keys of a training YAML that inference needs; with options, the scalars have their values."""
     try:
         tree = YAML().load(Path(hparams_file).read_text(encoding="utf-8"))  # keeps the tags, and runs nothing
     except (OSError, UnicodeDecodeError, YAMLError) as error:
@@ -230,7 +275,7 @@ def _inference_yaml(hparams_file, options):
     for name in _NEEDED:
         if not isinstance(tree, dict) or name not in tree:
             raise ValueError(f"{hparams_file} must hold the top-level key {name}.")
-    _strip_comments(tree)
+    _strip_training(tree)
     if isinstance(tree["modules"], dict):  # what else was trained has no place in the folder
         tree["modules"] = {name: tree["modules"].get(name) for name in _MODULES}
     needed, waiting = set(), list(_NEEDED)
@@ -238,15 +283,14 @@ def _inference_yaml(hparams_file, options):
         name = waiting.pop()
         if name in tree and name not in needed:
             needed.add(name)
-            tree[name] = _overridden(name, tree[name], options)
+            if options is not None:
+                tree[name] = _overridden(name, tree[name], options)
             waiting += re.findall(r"<([^<>\[.]+)", _dump({name: tree[name]}))
-    return _HEADER + _dump({name: value for name, value in tree.items() if name in needed}) + _PRETRAINER
+    return {name: value for name, value in tree.items() if name in needed}
 
 
 def _overridden(name, value, options):
     """The value of a top-level key in this run: that of the options, where it is a scalar."""
-    if name in MODEL_OPTIONS and type(options.get(name)) is not int:
-        raise ValueError(f"The option {name} must be a whole number, but got {options.get(name)!r}.")
     if isinstance(value, dict | list):
         return value
     if isinstance(value, TaggedScalar) and options.get(name) is None:  # a !ref to what is no scalar
@@ -262,13 +306,15 @@ def _dump(tree):
     return stream.getvalue()
 
 
-def _strip_comments(tree):
-    """Remove the comments of a YAML: they tell of training, and may name other keys."""
+def _strip_training(tree):
+    """Remove what tells of training from a YAML: the comments, which may name other keys, and checkpointing."""
     if hasattr(tree, "ca"):
         tree.ca.items.clear()
         tree.ca.comment, tree.ca.end = None, []
     for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        _strip_comments(child)
+        if isinstance(child, dict):
+            child.pop("activation_checkpointing", None)
+        _strip_training(child)
 
 
 def _check_same_estimates(built, modules, hparams_file):
@@ -341,8 +387,8 @@ def _tags(node):
 
 
 def _build_modules(plan, where):
-    """The three modules that the YAML's ``modules`` name, without weights: on torch's meta device."""
-    with torch.device("meta"):  # takes no memory, time or random numbers
+    """The three modules that the YAML's ``modules`` name. Their weights mean nothing yet."""
+    with torch.random.fork_rng(devices=[]):
         return {
             name: _build(plan["modules"].get(name), classes, f"{where}: {name}") for name, classes in _CLASSES.items()
         }
@@ -356,14 +402,19 @@ def _build(plan, classes, where):
         raise ValueError(f"{where} can only be {' or '.join(allowed)}, but got {tag!r}.")
     if plan.arguments is None:
         raise ValueError(f"{where} must give the arguments of {tag} by name.")
-    arguments = dict(plan.arguments)
-    for name in ("intra_model", "inter_model"):
-        if name in arguments:
-            arguments[name] = _build(arguments[name], _TRANSFORMERS, f"{where}.{name}")
-        elif classes is _CLASSES["masknet"]:
-            raise ValueError(f"{where} must give {name}.")
+    arguments, built_class = dict(plan.arguments), classes[tag.removeprefix("!new:")]
+    if built_class is DualPathMaskNet:
+        for name in ("intra_model", "inter_model"):
+            if name not in arguments:
+                raise ValueError(f"{where} must give {name}.")
+            arguments[name] = _build(arguments[name], _CHUNK_MODELS, f"{where}.{name}")
+    if built_class is SBRNNBlock and arguments.get("rnn_type", "LSTM") not in _RNN_TYPES:
+        raise ValueError(f"{where}: rnn_type can only be {', '.join(_RNN_TYPES)}, but got {arguments['rnn_type']!r}.")
+    # The meta device takes no memory, time or random numbers; SpeechBrain's Conv-TasNet cannot be built there.
+    device = "cpu" if built_class is ConvTasNetMaskNet else "meta"
     try:
-        return classes[tag.removeprefix("!new:")](**arguments)
+        with torch.device(device):
+            return built_class(**arguments)
     except Exception as error:  # the arguments may be anything
         raise ValueError(f"{where} cannot be built: {error}") from None
 
@@ -378,13 +429,30 @@ def _read_modules(folder):
     return _build_modules(plan, path), sample_rate
 
 
-def _find_folder(folder):
-    if not Path(folder).is_dir():
-        raise ValueError(
-            f"The model folder {folder} was not found; expected a local folder with "
-            f"{', '.join(f'{name}.ckpt' for name in _MODULES)} and {_HPARAMS_FILE}."
-        )
-    return Path(folder)
+def _find_folder(source):
+    """The local folder of a model; one on the hub is downloaded."""
+    expected = f"{', '.join(f'{name}.ckpt' for name in _MODULES)} and {_HPARAMS_FILE}"
+    if isinstance(source, str) and is_hub_name(source):
+        name, _, revision = source.partition("@")
+        try:
+            return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+        except Exception as error:  # a download can fail in any way
+            raise ValueError(
+                f"The model folder {source} was not found; expected a local folder with {expected}, or its name on "
+                f"the Hugging Face hub, which did not give it: {_download_fault(error)}"
+            ) from None
+    if not Path(source).is_dir():
+        raise ValueError(f"The model folder {source} was not found; expected a local folder with {expected}.")
+    return Path(source)
+
+
+def _download_fault(error):
+    """A sentence of one line; the hub's own may fill a page."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no public model of this name."
+    if isinstance(error, RevisionNotFoundError):
+        return "the model has no such revision."
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _read_state(path):
@@ -427,9 +495,12 @@ def _cpu_state(module):
     return {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
 
 
-def _num_heads(masknet):
+def _form(masknet):
+    """What the weights of a mask network do not show, by name."""
+    names = ("norm_type", "causal", "mask_nonlinear")
+    form = {name: getattr(masknet, name) for name in names if hasattr(masknet, name)}
     heads = {m.num_heads for m in masknet.modules() if isinstance(m, torch.nn.MultiheadAttention)}
-    return " and ".join(map(str, sorted(heads)))
+    return {**form, "number of attention heads": " and ".join(map(str, sorted(heads)))}
 
 
 def _remove_siblings(target, ending):

@@ -64,19 +64,25 @@ EXPECTED = {
     "test_csv": _PATH,
     "train_log": _PATH,
     "data_folder": _OPTIONAL_PATH,
+    "librispeech_folder": _OPTIONAL_PATH,
+    "metadata_folder": _OPTIONAL_PATH,
+    "wham_folder": _OPTIONAL_PATH,
     "synthetic_folder": _PATH,
     "train_manifest": _OPTIONAL_PATH,
     "valid_manifest": _OPTIONAL_PATH,
     "test_manifest": _OPTIONAL_PATH,
     "pretrained_folder": _OPTIONAL_PATH,
-    "num_spks": _one_of(2, 3),
+    "skip_prep": _BOOL,
+    "num_spks": _one_of(1, 2, 3),
     "sample_rate": _one_of(8000, 16000),
     "train_sets": _list_of(
         lambda v: v in (["train-100"], ["train-360"], ["train-100", "train-360"], ["train-360", "train-100"]),
         "a list of train-100, train-360 or both",
     ),
     "mode": _one_of("min", "max"),
-    "task": _one_of("mix_clean", "mix_both"),
+    "task": _one_of("mix_clean", "mix_both", "mix_single"),
+    "quantize": _BOOL,
+    "cache_gb": _number(lambda v: v >= 0, "of at least 0"),
     "synthetic_sizes": _list_of(
         lambda v: len(v) == 3 and all(type(size) is int and size >= 1 for size in v),
         "a list of three whole numbers of at least 1 (training, validation, test)",
@@ -92,11 +98,18 @@ EXPECTED = {
     "lr_hold_epochs": _whole(0),
     "lr_min": _number(lambda v: v >= 0, "of at least 0"),
     "max_grad_norm": _number(lambda v: v > 0, "above 0"),
+    "ema_decay": _number(lambda v: 0 <= v < 1, "from 0 up to (not with) 1"),
     "precision": _one_of("fp32", "fp16", "bf16"),
     "skip_nonfinite_grads": _BOOL,
     "ckpt_interval_minutes": _number(lambda v: v >= 0, "of at least 0"),
     "segment_seconds": _optional(_number(lambda v: v > 0, "above 0")),
     "segment": _one_of("random", "fixed"),
+    "speed_perturb": _BOOL,
+    "speeds": _list_of(
+        lambda v: all(type(speed) in (int, float) and 50 <= speed <= 200 for speed in v), "a list of 50 to 200 (%)"
+    ),
+    "wave_drop": _BOOL,
+    "dynamic_mixing": _BOOL,
     "dsd_mode": _one_of(*POLICIES),
     "dsd_margin_db": _number(lambda v: v >= 0, "of at least 0"),
     "dsd_start_epoch": _whole(1),
@@ -111,6 +124,11 @@ EXPECTED = {
     "layer_weights": _one_of(*LAYER_WEIGHTS),
     "layer_permutation": _one_of(*LAYER_PERMUTATIONS),
     "eval_batch_size": _whole(1),
+    "test_metrics": (
+        lambda v: isinstance(v, list) and set(v) <= {"pesq", "stoi"},
+        "a list of pesq and stoi, or []",
+    ),
+    "test_block": _optional(_whole(1)),
     "examples_interval": _whole(0),
     "test_at_end": _BOOL,
     "num_to_keep": _whole(1),
@@ -123,8 +141,24 @@ EXPECTED = {
     "num_inter_layers": _whole(1),
     "num_heads": _whole(1),
     "d_ffn": _whole(1),
+    "hidden_channels": _whole(1),
+    "bottleneck_channels": _whole(1),
+    "num_conv_layers": _whole(1),
+    "conv_kernel": (lambda v: type(v) is int and v > 0 and v % 2 == 1, "an odd whole number of at least 1"),
+    "activation_checkpointing": _BOOL,
     "dropout": _number(lambda v: 0 <= v < 1, "from 0 up to (not with) 1"),
 }
+
+
+def is_hub_name(name):
+    """Whether a name is that of a model on the hub, ``owner/name`` or ``owner/name@revision``, and of nothing here.
+
+    Example
+    -------
+    >>> is_hub_name("speechbrain/sepformer-libri2mix"), is_hub_name("/path/to/exported"), is_hub_name(None)
+    (True, False, False)
+    """
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", name or "")) and not Path(name).exists()
 
 
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -268,44 +302,61 @@ def check_options(options):
         raise ValueError(
             f"--num_heads must divide num_filters, but got {options['num_heads']} for {options['num_filters']} filters."
         )
+    if get("dynamic_mixing") and get("dsd_mode") != "none":
+        raise ValueError(
+            f"--dynamic_mixing True makes other mixtures in each epoch, which the memory bank of --dsd_mode "
+            f"{get('dsd_mode')} cannot follow; give --dsd_mode none."
+        )
+    if (get("task") == "mix_single") != (get("num_spks") == 1):
+        expected = "one speaker: give --num_spks 1" if get("task") == "mix_single" else "several speakers: give 2 or 3"
+        raise ValueError(f"--task {get('task')} has {expected}, but got --num_spks {get('num_spks')}.")
+    _check_sources(options)
+
+
+def _check_sources(options):
+    """Refuse data that are not given whole, given twice, or not there."""
+    get = options.get
     manifests = [name for name in ("train_manifest", "valid_manifest", "test_manifest") if get(name)]
     if manifests and len(manifests) < 3:
         raise ValueError(f"--{manifests[0]} needs the other two of train_manifest, valid_manifest and test_manifest.")
     if manifests and get("data_folder"):
         raise ValueError(f"--data_folder {get('data_folder')} contradicts --{manifests[0]}; give one of the two.")
-    for name in (*manifests, "data_folder", "pretrained_folder"):
+    at_load_time = [name for name in ("librispeech_folder", "wham_folder") if get(name)]
+    if at_load_time:
+        for name in (*manifests[:1], "data_folder"):
+            if get(name):
+                raise ValueError(f"--{name} {get(name)} contradicts --{at_load_time[0]}; give one of the two.")
+        needed = ["librispeech_folder", "metadata_folder", *(["wham_folder"] if get("task") != "mix_clean" else [])]
+        for name in needed:
+            if not get(name):
+                raise ValueError(f"--{at_load_time[0]} needs --{name} too, to mix {get('task')} at load time.")
+    folders = ("data_folder", "librispeech_folder", "metadata_folder", "wham_folder", "pretrained_folder")
+    for name in (*manifests, *folders):
         is_folder = name.endswith("_folder")
+        if name == "pretrained_folder" and is_hub_name(get(name)):
+            continue
         if get(name) and not Path(get(name)).exists():
             raise ValueError(f"--{name} {get(name)} does not exist.")
         if get(name) and Path(get(name)).is_dir() != is_folder:
             raise ValueError(f"--{name} {get(name)} must be a {'folder' if is_folder else 'file'}.")
 
 
-# The model's form, which a checkpoint fixes.
-MODEL_OPTIONS = (
-    "num_spks",
-    "sample_rate",
-    "num_filters",
-    "kernel_size",
-    "chunk_size",
-    "num_blocks",
-    "num_intra_layers",
-    "num_inter_layers",
-    "num_heads",
-    "d_ffn",
-)
-# What else a run keeps, and what it keeps until the end of an epoch that is resumed in its middle.
+# What a run keeps beside its model's form, and what it keeps until the end of an epoch that is resumed in its middle.
 _RUN_OPTIONS = ("seed", "probe_size", "lr_schedule", "cascade_pit_epochs", "cascade_fixed_epochs")
 _EPOCH_OPTIONS = ("batch_size", "grad_accumulation_factor")
 
 
-def check_resume(options):
+def check_resume(options, model_options, test_only=False):
     """Refuse to go on in an output folder whose checkpoints are of another model, or of another run.
 
     Arguments
     ---------
     options : dict
         From :func:`read_options`.
+    model_options : list of str
+        The options that give the model its form: :func:`dsd_modules.model_folder.model_options`.
+    test_only : bool
+        Whether nothing shall be trained: then there must be a checkpoint.
 
     Raises
     ------
@@ -313,15 +364,23 @@ def check_resume(options):
         If an option that the checkpoints fix differs from that of the folder's last run.
     """
     checkpoints = sorted(Path(options["save_folder"]).glob("CKPT*/CKPT.yaml"), key=lambda path: path.stat().st_mtime)
+    if test_only and not checkpoints:
+        raise ValueError(f"--test_only needs a trained model, but {options['save_folder']} holds no checkpoint.")
     earlier_file = Path(options["output_folder"]) / "hyperparams.yaml"
     try:
         meta, earlier = yaml.safe_load(checkpoints[-1].read_text()), read_options(earlier_file)[1]
     except (IndexError, OSError, ValueError, yaml.YAMLError):
         return  # nothing to resume, or the file was cut off by a kill
+    for name in model_options:
+        if name not in earlier:
+            raise ValueError(
+                f"The run in {options['output_folder']} is of another separator, which has no --{name}; give another "
+                "--output_folder."
+            )
     is_cascade = "cascade" in (options["dsd_mode"], earlier["dsd_mode"])
     names = (
         *(["dsd_mode"] if is_cascade else []),
-        *MODEL_OPTIONS,
+        *model_options,
         *_RUN_OPTIONS,
         *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS),
     )

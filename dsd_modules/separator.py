@@ -15,7 +15,8 @@ def separate(encoder, masknet, decoder, mixture, lengths=None, blocks=None):
     encoder : torch.nn.Module
         ``speechbrain.lobes.models.dual_path.Encoder`` of one input channel, wrapped or not.
     masknet : torch.nn.Module
-        :class:`dsd_modules.masknet.DualPathMaskNet`, wrapped or not.
+        :class:`dsd_modules.masknet.DualPathMaskNet` or :class:`dsd_modules.tasnet.ConvTasNetMaskNet`, wrapped or
+        not.
     decoder : torch.nn.Module
         ``speechbrain.lobes.models.dual_path.Decoder`` with the encoder's kernel, wrapped or not.
     mixture : torch.Tensor
