@@ -37,18 +37,12 @@ def generate_as_librimix(row, folders, out, num_sources, sample_rate, mode):
     if noise.ndim > 1:
         noise = noise[:, 0]
     if len(noise) < longest:
-        window = np.hanning(16001)
-        i_w, d_w = window[: len(window) // 2 + 1], window[len(window) // 2 :: -1]
-        noise_ex = noise
-        while len(noise_ex) < longest:
-            noise_ex = np.concatenate(
-                (
-                    noise_ex[: len(noise_ex) - len(d_w)],
-                    np.multiply(noise_ex[len(noise_ex) - len(d_w) :], d_w) + np.multiply(noise[: len(i_w)], i_w),
-                    noise[len(i_w) :],
-                )
-            )
-        noise = noise_ex[:longest]
+        fade = np.hanning(16001)  # rises to its middle, and falls from there
+        whole = noise
+        while len(whole) < longest:
+            crossing = whole[-8001:] * fade[8000::-1] + noise[:8001] * fade[:8001]
+            whole = np.concatenate([whole[:-8001], crossing, noise[8001:]])
+        noise = whole[:longest]
     signals = [resample_poly(x * gain, sample_rate, 16000) for x, gain in zip([*sources, noise], gains, strict=True)]
     lengths = [len(x) for x in signals]
     if mode == "min":
