@@ -14,6 +14,7 @@ from speechbrain.lobes.models.dual_path import (
 )
 from speechbrain.lobes.models.transformer.Transformer import PositionalEncoding
 from speechbrain.nnet.attention import MultiheadAttention
+from torch.profiler import ProfilerActivity, profile
 
 from dsd_modules.masknet import DualPathMaskNet, _overlap_add, _positional_encoding, _segment, _self_attention
 from dsd_modules.separator import separate
@@ -21,9 +22,11 @@ from dsd_modules.separator import separate
 CHANNELS = 8
 
 
-def model_arguments(*, norm_before=True, positions=True, dropout=0.0, layers=2, **changes):
-    transformers = [
-        SBTransformerBlock(
+def model_arguments(*, norm_before=True, positions=True, dropout=0.0, layers=2, rnn=None, **changes):
+    models = [
+        SBRNNBlock(2 * CHANNELS, 12, layers, rnn_type=rnn, dropout=dropout)
+        if rnn
+        else SBTransformerBlock(
             layers,
             2 * CHANNELS,
             nhead=2,
@@ -37,8 +40,8 @@ def model_arguments(*, norm_before=True, positions=True, dropout=0.0, layers=2, 
     arguments = {
         "in_channels": CHANNELS,
         "out_channels": 2 * CHANNELS,
-        "intra_model": transformers[0],
-        "inter_model": transformers[1],
+        "intra_model": models[0],
+        "inter_model": models[1],
         "num_layers": 3,
         "norm": "ln",
         "K": 10,
@@ -48,7 +51,7 @@ def model_arguments(*, norm_before=True, positions=True, dropout=0.0, layers=2, 
 
 
 def small_masknet(seed=0, **changes):
-    """Two transformer layers, three blocks, three speakers; norms and biases away from their initial values."""
+    """Two layers per model, three blocks, three speakers; norms and biases away from their initial values."""
     torch.manual_seed(seed)
     masknet = DualPathMaskNet(**model_arguments(**changes))
     for parameter in masknet.parameters():
@@ -86,23 +89,38 @@ def assert_close(actual, expected, relative=1e-5):
     assert error < relative, f"{error=}"
 
 
+def peak_bytes(function):
+    """The most memory that a call holds at once, by PyTorch's own allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
 # --- against SpeechBrain ---
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm_before", [True, False])
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"norm_before": False},
         {"K": 7, "positions": False, "skip_around_intra": False},
+        {"K": 7, "positions": False, "skip_around_intra": False, "norm_before": False},
         {"norm": "gln", "linear_layer_after_inter_intra": False},
+        {"norm": "gln", "linear_layer_after_inter_intra": False, "norm_before": False},
         {"norm": "cln", "use_global_pos_enc": True, "max_length": 2 * CHANNELS},
+        {"norm": "cln", "use_global_pos_enc": True, "max_length": 2 * CHANNELS, "norm_before": False},
+        {"rnn": "LSTM"},
+        {"rnn": "GRU", "K": 7, "norm": "gln", "skip_around_intra": False},
+        {"rnn": "RNN", "norm": "cln", "layers": 1},
     ],
 )
-def test_equals_speechbrain(changes, norm_before, training):
-    masknet = small_masknet(norm_before=norm_before, **changes).train(training)
-    peer = peer_of(masknet, norm_before=norm_before, **changes)
+def test_equals_speechbrain(changes, training):
+    masknet = small_masknet(**changes).train(training)
+    peer = peer_of(masknet, **changes)
     x = torch.randn(2, CHANNELS, 73)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     output, expected = masknet(ours), peer(theirs)
@@ -132,6 +150,21 @@ def test_published_size_takes_speechbrains_checkpoint(monkeypatch):
         assert_close(separate(peer.encoder, masknet, peer.decoder, mixture), peer(mixture).transpose(1, 2))
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_recurrent_models_without_linear_layers(bidirectional):
+    """Their own output has the channels of the block then, also from one direction alone."""
+
+    def changes():
+        hidden = CHANNELS if bidirectional else 2 * CHANNELS
+        models = [SBRNNBlock(2 * CHANNELS, hidden, 1, bidirectional=bidirectional) for _ in range(2)]
+        return {"intra_model": models[0], "inter_model": models[1], "linear_layer_after_inter_intra": False}
+
+    masknet = small_masknet(**changes())
+    x = torch.randn(2, CHANNELS, 73)
+    assert_close(masknet(x), peer_of(masknet, **changes())(x))
+    assert_close(masknet(x, [73, 30])[:, 1, :, :30], masknet(x[1:, :, :30])[:, 0])
+
+
 def test_attention_dropout():
     """Dropout falls on the attention weights, in training only: its mean is the output without dropout."""
     torch.manual_seed(0)
@@ -156,8 +189,9 @@ def test_dropout_of_all_layers():
     assert (drop_nothing(x) - peer(x)).abs().max() > 1e-2
 
 
-def test_autocast_is_close_and_finite():
-    masknet = small_masknet().eval()
+@pytest.mark.parametrize("rnn", [None, "LSTM"])
+def test_autocast_is_close_and_finite(rnn):
+    masknet = small_masknet(rnn=rnn).eval()
     x = torch.randn(3, CHANNELS, 73)
     lengths = torch.tensor([73, 50, 4])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -230,8 +264,8 @@ def test_only_what_was_asked_for_is_computed(blocks, indices):
 
 def test_all_parameters_take_part():
     """DistributedDataParallel waits for the gradient of every parameter."""
-    for blocks, lengths in itertools.product([None, "all"], [None, [73, 20]]):
-        masknet = small_masknet()
+    for blocks, lengths, rnn in itertools.product([None, "all"], [None, [73, 20]], [None, "LSTM"]):
+        masknet = small_masknet(rnn=rnn)
         masknet(torch.randn(2, CHANNELS, 73), lengths, blocks).sum().backward()
         assert all(parameter.grad is not None for parameter in masknet.parameters())
 
@@ -239,26 +273,30 @@ def test_all_parameters_take_part():
 # --- initialisation ---
 
 
-def test_each_block_is_initialised_on_its_own():
+@pytest.mark.parametrize("rnn", [None, "LSTM"])
+def test_each_block_is_initialised_on_its_own(rnn):
     torch.manual_seed(3)
-    masknet = DualPathMaskNet(**model_arguments())
+    masknet = DualPathMaskNet(**model_arguments(rnn=rnn))
     matrices = [(name, p) for name, p in masknet.named_parameters() if p.dim() > 1]
     for (name, one), (other_name, other) in itertools.combinations(matrices, 2):
         shared = torch.isin(one, other).float().mean()  # two random floats may coincide
         assert shared < 0.01, f"{name} shares {shared:.0%} of its values with {other_name}"
 
 
-def test_initialisation_is_pytorchs():
-    """The same rule and defaults as freshly built modules: spread of the weights, zeros and ones."""
+@pytest.mark.parametrize("rnn", [None, "GRU"])
+def test_initialisation_is_that_of_fresh_modules(rnn):
+    """The same rule and defaults: spread of the weights, zeros and ones, orthogonal recurrent weights."""
     torch.manual_seed(3)
-    masknet = DualPathMaskNet(**model_arguments())
+    masknet = DualPathMaskNet(**model_arguments(rnn=rnn))
     for index, block in enumerate(masknet.dual_mdl):
-        fresh = Dual_Path_Model(**model_arguments(num_layers=1)).dual_mdl[0]
+        fresh = Dual_Path_Model(**model_arguments(num_layers=1, rnn=rnn)).dual_mdl[0]
         for (name, parameter), expected in zip(block.named_parameters(), fresh.parameters(), strict=True):
             if expected.unique().numel() == 1:
                 assert torch.equal(parameter, expected), (index, name)
             else:
                 torch.testing.assert_close(parameter.std(), expected.std(), rtol=0.5, atol=0)
+            if "weight_hh" in name:
+                torch.testing.assert_close(parameter.T @ parameter, torch.eye(12), rtol=0, atol=1e-5)
 
 
 def test_initialisation_follows_the_seed():
@@ -271,7 +309,18 @@ def test_initialisation_follows_the_seed():
 # --- lengths ---
 
 
-@pytest.mark.parametrize("changes", [{}, {"K": 7}, {"norm": "gln", "norm_before": False}, {"norm": "cln"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"K": 7},
+        {"norm": "gln", "norm_before": False},
+        {"norm": "cln"},
+        {"rnn": "LSTM"},
+        {"rnn": "GRU", "K": 7, "norm": "gln"},
+        {"rnn": "RNN", "norm": "cln"},
+    ],
+)
 def test_padded_batch_equals_single_items(changes):
     """Also an item shorter than a chunk, of a single frame, and at the edges of a chunk."""
     masknet = small_masknet(**changes).eval()
@@ -293,7 +342,8 @@ def test_global_positions_with_lengths():
     assert_close(masks[:, 1, :, :30], masknet(x[1:, :, :30])[:, 0])
 
 
-def test_padding_does_not_matter_and_gradients_are_finite():
+@pytest.mark.parametrize("rnn", [None, "LSTM"])
+def test_padding_does_not_matter_and_gradients_are_finite(rnn):
     lengths = torch.tensor([73, 40, 3])
     x = torch.randn(3, CHANNELS, 73)
     noisy = x.clone()
@@ -301,7 +351,7 @@ def test_padding_does_not_matter_and_gradients_are_finite():
         noisy[b, :, length:] = 1e4 * torch.randn(CHANNELS, 73 - length)
     gradients = []
     for inputs in (x, noisy):
-        masknet = small_masknet()
+        masknet = small_masknet(rnn=rnn)
         inputs.requires_grad_()
         masknet(inputs, lengths, "all").square().sum().backward()
         gradients.append([inputs.grad, *(p.grad for p in masknet.parameters())])
@@ -312,8 +362,9 @@ def test_padding_does_not_matter_and_gradients_are_finite():
         assert gradients[0][0][b, :, length:].count_nonzero() == 0
 
 
-def test_gradients_of_a_padded_batch_are_those_of_its_items():
-    masknet = small_masknet()
+@pytest.mark.parametrize("rnn", [None, "LSTM"])
+def test_gradients_of_a_padded_batch_are_those_of_its_items(rnn):
+    masknet = small_masknet(rnn=rnn)
     lengths = [73, 40, 3]
     x = torch.randn(3, CHANNELS, 73)
     masknet(x, lengths).square().sum().backward()
@@ -334,6 +385,75 @@ def test_full_lengths_take_the_plain_path():
     assert torch.equal(masknet(x, torch.tensor([73, 73])), masknet(x))
     masknet(x, [73, 72])
     assert [mask is None for mask in masks] == [True, True, False]
+
+
+# --- activation checkpointing ---
+
+
+@pytest.mark.parametrize("lengths", [None, [73, 20]])
+@pytest.mark.parametrize("changes", [{}, {"norm_before": False}, {"rnn": "LSTM"}])
+def test_checkpointing_gives_the_same_gradients(monkeypatch, changes, lengths):
+    """With dropout, whose draws must be the same again; and where norms are computed again without it."""
+    monkeypatch.setattr("dsd_modules.masknet._BYTES_WORTH_SAVING", 0)
+    x = torch.randn(2, CHANNELS, 73, dtype=torch.float64)
+    results = []
+    for activation_checkpointing in (False, True):
+        masknet = small_masknet(dropout=0.3, activation_checkpointing=activation_checkpointing, **changes).double()
+        inputs = x.clone().requires_grad_()
+        torch.manual_seed(4)
+        masks = masknet(inputs, lengths, "all")
+        masks.square().sum().backward()
+        results.append([masks, inputs.grad, *(p.grad for p in masknet.parameters())])
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
+    torch.manual_seed(5)
+    assert (masknet(x, lengths, "all") - masks).abs().max() > 1e-3  # dropout was at work
+
+
+@pytest.mark.parametrize("rnn", [None, "LSTM"])
+def test_checkpointing_with_autocast(rnn):
+    x = torch.randn(2, CHANNELS, 73)
+    gradients = []
+    for activation_checkpointing in (False, True):
+        masknet = small_masknet(rnn=rnn, dropout=0.1, activation_checkpointing=activation_checkpointing)
+        torch.manual_seed(4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            masks = masknet(x)
+        masks.float().square().sum().backward()
+        gradients.append([p.grad for p in masknet.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_before": False}, {"rnn": "LSTM"}])
+def test_checkpointing_saves_memory(changes):
+    x = torch.randn(2, CHANNELS, 600)
+    peaks = []
+    for activation_checkpointing in (False, True):
+        masknet = small_masknet(layers=4, activation_checkpointing=activation_checkpointing, **changes)
+        peaks.append(peak_bytes(lambda masknet=masknet: masknet(x).sum().backward()))
+    assert peaks[1] < 0.4 * peaks[0], peaks
+
+
+def test_checkpointing_is_for_training_alone(monkeypatch):
+    """It costs nothing elsewhere, and no weight tells of it."""
+    calls = []
+
+    def count(function, *args, **kwargs):
+        calls.append(function)
+        return function(*args)
+
+    monkeypatch.setattr("dsd_modules.masknet.checkpoint", count)
+    masknet = small_masknet(activation_checkpointing=True)
+    x = torch.randn(2, CHANNELS, 73)
+    masknet.eval()(x)
+    with torch.no_grad():
+        masknet.train()(x)
+    small_masknet()(x)
+    assert calls == []
+    masknet(x)
+    assert len(calls) == 3 * 2 * 2  # blocks, models, layers
+    assert masknet.state_dict().keys() == small_masknet().state_dict().keys()
 
 
 # --- long sequences ---
@@ -455,8 +575,16 @@ def test_wrong_lengths(lengths, message):
 
 
 def test_wrong_models():
-    with pytest.raises(ValueError, match="SBRNNBlock"):
-        DualPathMaskNet(**model_arguments(intra_model=SBRNNBlock(16, 8, 1)))
+    with pytest.raises(ValueError, match=r"intra_model can only be SBTransformerBlock or SBRNNBlock, but got .*LSTM"):
+        DualPathMaskNet(**model_arguments(intra_model=torch.nn.LSTM(16, 8)))
+    for changes, message in (
+        ({"rnn": "LSTM", "intra_model": SBRNNBlock(16, 12, 1, bidirectional=False)}, "intra_model gives 12"),
+        ({"rnn": "LSTM", "inter_model": SBRNNBlock(16, 8, 1)}, "inter_model gives 16"),
+        ({"inter_model": SBRNNBlock(16, 8, 1)}, "inter_model gives 16"),
+        ({"rnn": "LSTM", "linear_layer_after_inter_intra": False}, "give 16 channels; but intra_model gives 24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DualPathMaskNet(**model_arguments(**changes))
     with pytest.raises(ValueError, match="RoPEMHA"):
         DualPathMaskNet(**model_arguments(inter_model=SBTransformerBlock(1, 16, 2, attention_type="RoPEMHA")))
     with pytest.raises(ValueError, match="got 1"):

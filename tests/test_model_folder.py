@@ -3,17 +3,26 @@
 import math
 import os
 import pickle
+import re
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from conftest import HPARAMS, TINY_MODEL
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.lobes.models.dual_path import Dual_Path_Model
 
 from dsd_modules.inference import SepformerDSDSeparation
-from dsd_modules.model_folder import export_model, load_weights
+from dsd_modules.model_folder import export_model, load_weights, model_options, read_model
 from dsd_modules.options import read_options
 from dsd_modules.separator import separate
 
@@ -107,6 +116,11 @@ def make_published(folder, text=PUBLISHED):
     return folder
 
 
+def make_hub_error(error_class):
+    """As huggingface_hub raises it: a page of text with the server's answer."""
+    return error_class("404 Client Error.\n\nNot Found for url", response=MagicMock())
+
+
 def separate_with(modules, mixture):
     return separate(modules["encoder"], modules["masknet"], modules["decoder"], mixture).transpose(1, 2)
 
@@ -145,8 +159,9 @@ def test_separates_the_same_in_speechbrain(tmp_path, exported):
     torch.testing.assert_close(ours.separate_batch(mixture), theirs.separate_batch(mixture), rtol=1e-4, atol=1e-5)
 
 
-def test_loads_a_published_folder(tmp_path):
-    folder = make_published(tmp_path / "published")
+@pytest.mark.parametrize("encoder", ["*encoder", "!ref <Encoder>"])
+def test_loads_a_published_folder(tmp_path, encoder):
+    folder = make_published(tmp_path / "published", PUBLISHED.replace("  encoder: *encoder", f"  encoder: {encoder}"))
     theirs = SepformerSeparation.from_hparams(source=str(folder), savedir=str(tmp_path / "savedir"))
     assert type(theirs.mods.masknet) is Dual_Path_Model
     ours = SepformerDSDSeparation.from_hparams(source=folder)
@@ -225,6 +240,26 @@ def test_the_export_holds_what_the_model_needs_and_no_more(exported):
     parts = ["encoder", "intra_model", "inter_model", "masknet", "decoder", "modules", "pretrainer"]
     assert sorted(plan) == sorted([*OPTIONS, *parts])
     assert {name: plan[name] for name in OPTIONS} == OPTIONS
+
+
+def test_checkpointing_is_not_exported(tmp_path):
+    modules = make_modules(activation_checkpointing=True)
+    assert modules["masknet"].activation_checkpointing
+    folder = export_model(tmp_path / "exported", HPARAMS, {**OPTIONS, "activation_checkpointing": True}, modules)
+    assert "checkpointing" not in (folder / "hyperparams.yaml").read_text()
+    assert modules["masknet"].activation_checkpointing
+    assert not read_model(folder)[0]["masknet"].activation_checkpointing
+    SepformerSeparation.from_hparams(source=str(folder), savedir=str(tmp_path / "savedir"))
+
+
+def test_the_options_that_a_checkpoint_fixes(tmp_path):
+    names = set(OPTIONS) - {"dropout"}
+    assert set(model_options(HPARAMS)) == names
+    text = RECIPE.replace("    K: !ref <chunk_size>", "    K: !ref <my_chunk>")
+    (tmp_path / "own.yaml").write_text("my_chunk: !ref <double> * 2\ndouble: 5\n" + text)
+    assert set(model_options(tmp_path / "own.yaml")) == names - {"chunk_size"} | {"my_chunk", "double"}
+    with pytest.raises(ValueError, match=r"none\.yaml cannot be read"):
+        model_options(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +376,7 @@ def test_export_refuses_options_that_do_not_fit(tmp_path):
     modules = make_modules()
     with pytest.raises(ValueError, match=r"do not fit modules\['masknet'\]: conv2d.weight has shape \[32, .*\[48, "):
         export_model(tmp_path / "exported", HPARAMS, {**OPTIONS, "num_spks": 3}, modules)
-    with pytest.raises(ValueError, match="d_ffn must be a whole number, but got None"):
+    with pytest.raises(ValueError, match="The option d_ffn of the YAML is missing"):
         export_model(tmp_path / "exported", HPARAMS, {k: v for k, v in OPTIONS.items() if k != "d_ffn"}, modules)
     assert listing(tmp_path) == []
 
@@ -457,13 +492,86 @@ def test_broken_checkpoint_names_the_fault(tmp_path, content, message):
         load_weights(folder, make_modules())
 
 
-def test_missing_folder_and_yaml(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"sepformer-wsj02mix was not found; expected a local folder with encoder\.ckpt"
-    ):
-        SepformerDSDSeparation.from_hparams(source="speechbrain/sepformer-wsj02mix")
+@pytest.mark.parametrize("name", ["exported", "./exported", "../my/exported", "/models/exported", "a/b/exported"])
+def test_missing_folder_and_yaml(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    for source in (name, Path("models/exported")):
+        message = re.escape(f"{source} was not found; expected a local folder with encoder.ckpt")
+        with pytest.raises(ValueError, match=message):
+            SepformerDSDSeparation.from_hparams(source)
     with pytest.raises(ValueError, match=r"holds no hyperparams\.yaml"):
         SepformerDSDSeparation.from_hparams(source=tmp_path)
+
+
+# The Hugging Face hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that has one model; what it was asked for."""
+    asked = []
+    published = make_published(tmp_path / "hub")
+
+    def snapshot_download(repo_id, revision=None, allow_patterns=None):
+        asked.append((repo_id, revision, sorted(allow_patterns)))
+        return str(published)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_a_model_of_the_hub_is_downloaded(hub):
+    """Its four files alone, and the revision that is wanted."""
+    separator = SepformerDSDSeparation.from_hparams("speechbrain/sepformer-libri2mix")
+    assert separator.num_spks == 3
+    modules = make_modules(num_spks=3, num_heads=4, num_intra_layers=2)
+    load_weights("speechbrain/sepformer-libri2mix@a1b2c3", modules)
+    mixture = torch.randn(2, 700)
+    torch.testing.assert_close(separate_with(modules, mixture), separator.separate_batch(mixture))
+    files = ["decoder.ckpt", "encoder.ckpt", "hyperparams.yaml", "masknet.ckpt"]
+    name = "speechbrain/sepformer-libri2mix"
+    assert hub == [(name, None, files), (name, "a1b2c3", files)]
+
+
+def test_a_local_folder_of_a_hubs_name_is_not_downloaded(tmp_path, hub):
+    (tmp_path / "owner").mkdir()
+    make_export(tmp_path / "owner" / "name")
+    assert SepformerDSDSeparation.from_hparams("owner/name").num_spks == 2
+    load_weights("owner/name", make_modules())
+    assert hub == []
+
+
+def test_a_folder_of_the_hub_is_not_trusted(hub, tmp_path):
+    torch.save({"a": Payload()}, tmp_path / "hub" / "masknet.ckpt")
+    with pytest.raises(ValueError, match=r"masknet\.ckpt is no checkpoint"):
+        SepformerDSDSeparation.from_hparams("owner/name")
+    (tmp_path / "hub" / "hyperparams.yaml").write_text("boom: !apply:os.system [touch ran]\n" + PUBLISHED)
+    with pytest.raises(ValueError, match=r"tag !apply:os\.system is not allowed"):
+        SepformerDSDSeparation.from_hparams("owner/name")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (LocalEntryNotFoundError("Got: ConnectError: no route\nAn error happened\n"), "Got: ConnectError: no route"),
+        (OfflineModeIsEnabled("offline mode is enabled."), "offline mode is enabled."),
+        (make_hub_error(RepositoryNotFoundError), "it has no public model of this name."),
+        (make_hub_error(RevisionNotFoundError), "the model has no such revision."),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+@pytest.mark.parametrize("load", ["read_model", "load_weights"])
+def test_a_fault_of_the_hub_is_told_in_one_sentence(monkeypatch, fault, message, load):
+    def fail(*args, **kwargs):
+        raise fault
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ValueError, match="owner/name@v1 was not found; expected a local folder") as error:
+        read_model("owner/name@v1") if load == "read_model" else load_weights("owner/name@v1", make_modules())
+    assert str(error.value).endswith(f"Hugging Face hub, which did not give it: {message}")
+    assert "\n" not in str(error.value)
 
 
 # Fine-tuning
@@ -497,7 +605,7 @@ def test_fine_tuning_from_a_published_folder(tmp_path):
         ({"num_blocks": 1}, r"masknet\.ckpt .*holds dual_mdl\.1\."),
         ({"kernel_size": 8}, r"encoder\.ckpt .*conv1d.weight has shape \[16, 1, 16\], but expected \[16, 1, 8\]"),
         ({"d_ffn": 64}, r"masknet\.ckpt .*pos_ffn"),
-        ({"num_heads": 4}, r"hyperparams\.yaml .*have 2 heads, but expected 4"),
+        ({"num_heads": 4}, r"hyperparams\.yaml .*its number of attention heads is 2, but expected 4"),
     ],
 )
 def test_fine_tuning_refuses_another_model(exported, changes, message):
