@@ -5,10 +5,10 @@
     python benchmarks/bench_step.py --quick                 # whether it runs
 
 A step is forward, loss, backward, gradient clipping and Adam. Sides: SpeechBrain's recipe (plain PIT), and this
-recipe's ``fit_batch`` with plain PIT (--dsd_mode none --layerwise False) and with DSD + LO (the default), the visit of
-the memory bank and the records included. Their steps alternate, so that a busy machine slows all of them. Times are
-medians, on a CPU of CPU time, on a GPU of wall clock; the ratios are to SpeechBrain's. Peak memory is that of tensors,
-from before the model is built until two steps are done.
+recipe's ``fit_batch`` with plain PIT (--dsd_mode none --layerwise False) and with DSD + LO (the default; also with
+--activation_checkpointing True), the visit of the memory bank and the records included. Their steps alternate, so that
+a busy machine slows all of them. Times are medians, on a CPU of CPU time, on a GPU of wall clock; the ratios are to
+SpeechBrain's. Peak memory is that of tensors, from before the model is built until two steps are done.
 """
 
 import argparse
@@ -50,7 +50,12 @@ SIZES = {
     },
 }
 SPEECHBRAIN = "SpeechBrain"
-OPTIONS = {"plain PIT": {"dsd_mode": "none", "layerwise": False}, "DSD + LO": {"dsd_mode": "drop", "layerwise": True}}
+DSD_LO = {"dsd_mode": "drop", "layerwise": True}
+OPTIONS = {
+    "plain PIT": {"dsd_mode": "none", "layerwise": False},
+    "DSD + LO": DSD_LO,
+    "DSD + LO, layers recomputed": {**DSD_LO, "activation_checkpointing": True},
+}
 SIDES = (SPEECHBRAIN, *OPTIONS)
 AIMS = (  # side, what, at most so many times SpeechBrain's
     ("plain PIT", "time", 0.8),
@@ -237,13 +242,13 @@ def print_costs(setting, costs):
     """
     reference, ratios = costs[SPEECHBRAIN], {}
     print(f"\n{setting}; median ms (least), ratio")
-    print(f"{'':12}{'CPU time' if setting.device.type == 'cpu' else 'wall clock':>26}{'peak memory':>26}{'loss':>12}")
+    print(f"{'':28}{'CPU time' if setting.device.type == 'cpu' else 'wall clock':>26}{'peak memory':>26}{'loss':>12}")
     for side, cost in costs.items():
         ms = cost.milliseconds(setting.device)
         ratios[side, "time"] = statistics.median(ms) / statistics.median(reference.milliseconds(setting.device))
         ratios[side, "memory"] = cost.peak_mib / reference.peak_mib
         print(
-            f"{side:12}{statistics.median(ms):9.1f} ({min(ms):7.1f}) {ratios[side, 'time']:5.2f}x"
+            f"{side:28}{statistics.median(ms):9.1f} ({min(ms):7.1f}) {ratios[side, 'time']:5.2f}x"
             f"{cost.peak_mib:13.0f} MiB {ratios[side, 'memory']:5.2f}x{cost.first_loss:9.3f} dB",
             flush=True,
         )

@@ -56,8 +56,9 @@ class WeightAverage:
             self._model.n_averaged.zero_()
 
     def averaged(self, modules):
-        """The averaged modules by name, or those given where there is no average."""
-        return modules if self._model is None else dict(self._model.module)
+        """The averaged modules by name, or those given where nothing has been averaged."""
+        has_steps = self._model is not None and int(self._model.n_averaged) > 0
+        return dict(self._model.module) if has_steps else modules
 
     @mark_as_saver
     def save(self, path):

@@ -51,6 +51,7 @@ def test_switched_on_in_a_resumed_run_it_starts_with_the_next_step(tmp_path):
     WeightAverage(modules, 0.0).save(tmp_path / "average")
     average = WeightAverage(one_weight(100.0), 0.9)
     average.load(tmp_path / "average")
+    assert average.averaged(modules) is modules  # as a test alone of that run would ask for
     average.update(modules)
     assert average.averaged(modules)["encoder"].weight.item() == 4.0
 

@@ -105,6 +105,7 @@ def test_bank_counts_and_audit_equal_those_of_one_process(compared):
             assert first[name] == second[name], name
         for name in ("train_loss", "train_si_sdri", "margin_median", "valid_loss", "valid_si_sdri"):
             assert first[name] == pytest.approx(second[name], abs=1e-5), name
+    assert (compared / "two" / "run" / "train_log.txt").read_text().count("epoch:") == 3  # written by one rank
     rows = [audit_of(compared / name) for name in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) > 5
     for first, second in zip(*rows, strict=True):
