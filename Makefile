@@ -24,14 +24,14 @@ DEMO_OVERRIDES := \
 setup: .venv/ready
 
 # The stamp is written last: an interrupted or outdated installation is made anew.
-.venv/ready: requirements.txt requirements-dev.txt requirements-peers.txt
+.venv/ready: requirements.txt requirements-dev.txt requirements-peers.txt requirements-compiled.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or later is needed, but $(PYTHON) is older; give one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-peers.txt
-	@$(BIN)/pip install --disable-pip-version-check pesq==0.0.4 \
-		|| echo "note: pesq could not be compiled (that needs a C compiler); its tests are skipped"
+	@$(BIN)/pip install --disable-pip-version-check -r requirements-compiled.txt \
+		|| echo "note: pesq could not be installed (it needs a C compiler): the tests of it will be skipped"
 	$(BIN)/pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -117,7 +117,7 @@ def recipe_step(setting, folder, mixture, sources, **options):
         {
             "id": str(row),
             "row": row,
-            "share": 1 / setting.batch_size,
+            "weight": 1 / setting.batch_size,
             "num_samples": len(mixture[row]),
             "mix_sig": mixture[row],
             "sources": sources[row],

@@ -70,5 +70,7 @@ class WeightAverage:
         """Load the average; it starts anew where the run had none so far."""
         del end_of_epoch
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if self._model is not None and state:
+        if not state:
+            self.restart()
+        elif self._model is not None:
             self._model.load_state_dict(state)

@@ -59,14 +59,16 @@ class SeparationBrain(sb.Brain):
     def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
         """Batches that repeat no mixture on any number of ranks: see :mod:`dsd_modules.sampling`."""
         del ckpt_prefix  # the place in the epoch is kept by TrainingBatches
-        size, place = (len(dataset), loader_kwargs.pop("batch_size", 1)), (get_rank(), world_size())
+        size = {"num_samples": len(dataset), "batch_size": loader_kwargs.pop("batch_size", 1)}
+        place = {"rank": get_rank(), "num_ranks": world_size()}
         if stage == sb.Stage.TRAIN:
-            batches = TrainingBatches(*size, self.hparams.seed, self.grad_accumulation_factor, *place)
+            accumulation = self.grad_accumulation_factor
+            batches = TrainingBatches(**size, seed=self.hparams.seed, accumulation=accumulation, **place)
             self.train_sampler = batches
             if self.checkpointer is not None:
                 self.checkpointer.add_recoverable("train_batches", batches)
         else:
-            batches = EvaluationBatches(*size, *place)
+            batches = EvaluationBatches(**size, **place)
         # A generator of its own: the loader's draws would move the global one, which a resume restores.
         generator = torch.Generator()
         return super().make_dataloader(
@@ -150,7 +152,7 @@ class SeparationBrain(sb.Brain):
     @staticmethod
     def is_filler(batch, stage):
         """Whether the batch is there only because the other ranks, or the accumulated step, still need this one."""
-        return stage == sb.Stage.TRAIN and not batch.share.any()
+        return stage == sb.Stage.TRAIN and not batch.weight.any()
 
     def visit_memory_bank(self, batch, measures):
         """The memory bank's decision about a training batch; exclusions go to the audit.
@@ -417,4 +419,5 @@ class SeparationBrain(sb.Brain):
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load the best checkpoint's weights, and nothing else of it."""
         del min_key
+        self.hparams.weight_average.to(self.device)
         self.checkpointer.load_only(("encoder", "masknet", "decoder", "weight_average"), max_key=max_key)

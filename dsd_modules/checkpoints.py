@@ -46,9 +46,15 @@ class WholeCheckpointer(Checkpointer):
             for leftover in self.checkpoints_dir.glob(f"{_UNFINISHED}*"):  # of a killed run
                 shutil.rmtree(leftover)
         final = self._new_checkpoint_dirpath() if name is None else self._custom_checkpoint_dirpath(name)
-        checkpoint = super().save_checkpoint(
-            meta or {}, end_of_epoch, name=f"{_UNFINISHED}{final.name}", verbosity=logging.DEBUG
-        )
+        try:
+            checkpoint = super().save_checkpoint(
+                meta or {}, end_of_epoch, name=f"{_UNFINISHED}{final.name}", verbosity=logging.DEBUG
+            )
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"No checkpoint can be written to {self.checkpoints_dir}; is the disk full? ({reason})"
+            ) from error
         if checkpoint is not None:  # the main process
             for path in [*checkpoint.path.iterdir(), checkpoint.path]:
                 flush_to_disk(path)
@@ -115,7 +121,7 @@ class WholeCheckpointer(Checkpointer):
         """
         checkpoint = self.find_checkpoint()
         if checkpoint is not None:
-            self.recoverables[name].load(checkpoint.paramfiles[name])
+            self.recoverables[name].load(_paramfile(checkpoint, name))
 
     def load_only(self, names, max_key=None):
         """Load some recoverables of the best checkpoint, and nothing else of it.
@@ -136,12 +142,18 @@ class WholeCheckpointer(Checkpointer):
         """
         checkpoint = self.find_checkpoint(max_key=max_key)
         for name in names if checkpoint is not None else ():
-            recoverable, path = self.recoverables[name], checkpoint.paramfiles[name]
+            recoverable, path = self.recoverables[name], _paramfile(checkpoint, name)
             if isinstance(recoverable, torch.nn.Module):
                 torch_recovery(recoverable, path, end_of_epoch=True)
             else:
                 recoverable.load(path)
         return checkpoint
+
+
+def _paramfile(checkpoint, name):
+    if name not in checkpoint.paramfiles:
+        raise RunError(f"The checkpoint {checkpoint.path} is not of this recipe: it holds no {name}.")
+    return checkpoint.paramfiles[name]
 
 
 @register_checkpoint_hooks

@@ -6,6 +6,8 @@ import hashlib
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 
+from dsd_modules.errors import DataError
+
 
 def crop_start(num_samples, segment_samples, seed, sample_id, epoch=None):
     """Where a crop begins: a pure function, the same for any number of workers and after a resume.
@@ -60,8 +62,8 @@ def read_entries(manifest):
 class MixtureDataset(DynamicItemDataset):
     """The mixtures of one manifest.
 
-    An item has ``id``, ``row`` (its position in the dataset, for the memory bank), ``share`` (its weight in the loss),
-    ``num_samples``, ``mix_sig [T]`` and ``sources [T, N]``. It is indexed by its row, or by ``(epoch, row, share)``
+    An item has ``id``, ``row`` (its position in the dataset, for the memory bank), ``weight`` (its weight in the loss),
+    ``num_samples``, ``mix_sig [T]`` and ``sources [T, N]``. It is indexed by its row, or by ``(epoch, row, weight)``
     (see :class:`dsd_modules.sampling.TrainingBatches`).
 
     Arguments
@@ -109,26 +111,36 @@ class MixtureDataset(DynamicItemDataset):
         ids = list(entries)
         ids = ids if rows is None else [ids[row] for row in rows]
         data = {
-            sample_id: {"entry": entries[sample_id], "row": row, "epoch": None, "share": 0.0}
+            sample_id: {"entry": entries[sample_id], "row": row, "epoch": None, "weight": 0.0}
             for row, sample_id in enumerate(ids)
         }
-        super().__init__(data, output_keys=["id", "row", "share", "num_samples", "mix_sig", "sources"])
+        super().__init__(data, output_keys=["id", "row", "weight", "num_samples", "mix_sig", "sources"])
         self.add_dynamic_item(self.make_item, ["id", "entry", "epoch"], ["num_samples", "mix_sig", "sources"])
 
     def __getitem__(self, index):
-        epoch, row, share = index if isinstance(index, tuple) else (None, index, 0.0)
+        epoch, row, weight = index if isinstance(index, tuple) else (None, index, 0.0)
         sample_id = self.data_ids[row]
-        return self.pipeline.compute_outputs({**self.data[sample_id], "id": sample_id, "epoch": epoch, "share": share})
+        drawn = {"id": sample_id, "epoch": epoch, "weight": weight}
+        return self.pipeline.compute_outputs({**self.data[sample_id], **drawn})
 
     def make_item(self, sample_id, entry, epoch):
-        """The signals of an item: as they are stored, or in training (with an epoch) augmented or mixed anew."""
+        """The signals of an item: as they are stored, or in training (with an epoch) augmented or mixed anew.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read, or holds a value that is not finite.
+        """
         augmentation, dynamic_mixing = (self.augmentation, self.dynamic_mixing) if epoch is not None else (None, None)
         wanted = self.segment_samples
         needed = wanted if wanted is None or augmentation is None else augmentation.num_samples_needed(wanted)
-        if dynamic_mixing is not None:
-            signals = dynamic_mixing(sample_id, epoch, needed)
-        else:
-            signals = self.read_crop(sample_id, entry, epoch, needed)
+        try:
+            if dynamic_mixing is not None:
+                signals = dynamic_mixing(sample_id, epoch, needed)
+            else:
+                signals = self.read_crop(sample_id, entry, epoch, needed)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         if augmentation is not None:
             signals = augmentation(signals, sample_id, epoch, wanted)
         signals = torch.from_numpy(signals)  # (1 + N, T)
@@ -137,13 +149,7 @@ class MixtureDataset(DynamicItemDataset):
         yield signals[1:].T.contiguous()  # (T, N)
 
     def read_crop(self, sample_id, entry, epoch, segment_samples):
-        """The same stretch of the mixture and of its sources, ``[1 + N, T]``.
-
-        Raises
-        ------
-        ValueError
-            If a file cannot be read, or holds a value that is not finite.
-        """
+        """The same stretch of the mixture and of its sources, ``[1 + N, T]``."""
         num_samples, start = round(float(entry["duration"]) * self.sample_rate), 0
         if segment_samples is not None:
             epoch = epoch if self.segment == "random" else None

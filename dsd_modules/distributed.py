@@ -1,5 +1,7 @@
 """Collectives over the ranks of a DDP run; with one process they do nothing. All ranks must call them."""
 
+import sys
+
 import torch
 from speechbrain.utils.distributed import is_distributed_initialized
 
@@ -12,6 +14,21 @@ def world_size():
 def get_rank():
     """This process's rank."""
     return torch.distributed.get_rank() if is_distributed_initialized() else 0
+
+
+def run_on_main(function, *args):
+    """Run a function on the main process while the others wait. Where it raises ValueError, none goes on."""
+    fault = None
+    if get_rank() == 0:
+        try:
+            function(*args)
+        except ValueError as error:
+            fault = error
+    faults = all_gather(str(fault) if fault else None)
+    if fault:
+        raise fault
+    if faults[0]:
+        sys.exit(1)  # the main process says why
 
 
 def all_reduce(tensor, operation):

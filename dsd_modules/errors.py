@@ -1,15 +1,26 @@
 """How a run ends when something is wrong that its user can mend: one sentence, no traceback."""
 
+import errno
 import functools
 import os
 import sys
+import time
 from contextlib import contextmanager
 
-from speechbrain.utils.distributed import is_distributed_initialized
+_SECONDS_FOR_THE_MAIN_RANK = 5
 
 
 class RunError(Exception):
     """A run cannot go on, for a reason that its user can mend."""
+
+
+class DataError(RunError, ValueError):
+    """A mixture cannot be read, or holds what it may not: found while training or evaluating."""
+
+    def __str__(self):
+        # A DataLoader worker's error comes with the worker's traceback before it.
+        text = super().__str__().strip()
+        return text.splitlines()[-1].split(f"{type(self).__name__}: ")[-1] if text else text
 
 
 @contextmanager
@@ -31,14 +42,20 @@ def ends_in_one_sentence(main):
         except RunError as error:
             sentence = f"error: {error}"
         except OSError as error:
-            if error.filename is None or error.strerror is None:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                sentence = f"error: {error.filename or 'what the run writes'}: {error.strerror}"
+            elif error.filename is None or error.strerror is None:
                 raise
-            sentence = f"error: {error.filename}: {error.strerror}"
+            else:
+                sentence = f"error: {error.filename}: {error.strerror}"
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
             sys.exit(130)
-        # Before the ranks work together all of them see the same mistake; then one may be alone with it.
-        is_heard = os.environ.get("RANK", "0") == "0" or is_distributed_initialized()
-        sys.exit(sentence if is_heard else 1)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # If it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile.
+            time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
+            sentence = sentence.replace("error:", f"error (rank {rank}):", 1)
+        sys.exit(sentence)
 
     return wrapped

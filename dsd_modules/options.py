@@ -1,5 +1,6 @@
 """The options of the recipe's YAML, read and checked before any data is touched or model built."""
 
+import dataclasses
 import difflib
 import json
 import math
@@ -106,7 +107,8 @@ EXPECTED = {
     "segment": _one_of("random", "fixed"),
     "speed_perturb": _BOOL,
     "speeds": _list_of(
-        lambda v: all(type(speed) in (int, float) and 50 <= speed <= 200 for speed in v), "a list of 50 to 200 (%)"
+        lambda v: all(type(speed) is int and 50 <= speed <= 200 for speed in v),
+        "a list of whole numbers of 50 to 200 (%)",
     ),
     "wave_drop": _BOOL,
     "dynamic_mixing": _BOOL,
@@ -342,7 +344,7 @@ def _check_sources(options):
 
 
 # What a run keeps beside its model's form, and what it keeps until the end of an epoch that is resumed in its middle.
-_RUN_OPTIONS = ("seed", "probe_size", "lr_schedule", "cascade_pit_epochs", "cascade_fixed_epochs")
+_RUN_OPTIONS = ("seed", "task", "mode", "probe_size", "lr_schedule", "cascade_pit_epochs", "cascade_fixed_epochs")
 _EPOCH_OPTIONS = ("batch_size", "grad_accumulation_factor")
 
 
@@ -377,11 +379,16 @@ def check_resume(options, model_options, test_only=False):
                 f"The run in {options['output_folder']} is of another separator, which has no --{name}; give another "
                 "--output_folder."
             )
+    if test_only and (options["ema_decay"] > 0) != (earlier.get("ema_decay", 0) > 0):
+        raise ValueError(
+            f"--ema_decay is {options['ema_decay']}, but the run in {options['output_folder']} had "
+            f"{earlier.get('ema_decay', 0)}: its best weights were chosen accordingly; give that value to test them."
+        )
     is_cascade = "cascade" in (options["dsd_mode"], earlier["dsd_mode"])
     names = (
         *(["dsd_mode"] if is_cascade else []),
         *model_options,
-        *_RUN_OPTIONS,
+        *(() if test_only else _RUN_OPTIONS),
         *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS),
     )
     for name in names:
@@ -392,29 +399,36 @@ def check_resume(options, model_options, test_only=False):
             )
 
 
-def check_run_opts(options, device=None, data_parallel_backend=False):
+def check_run_opts(options, run_opts):
     """Refuse run options of SpeechBrain that this machine or this recipe cannot serve.
 
     Arguments
     ---------
     options : dict
         From :func:`read_options`.
-    device : str, optional
-        ``--device``; None: SpeechBrain chooses.
-    data_parallel_backend : bool
-        ``--data_parallel_backend``.
+    run_opts : RunOptions
+        SpeechBrain's.
+
+    Returns
+    -------
+    RunOptions
+        The same, but for ``distributed_backend``: gloo where the device is the CPU and none was asked for.
 
     Raises
     ------
     ValueError
         If the device does not exist, cannot do the precision, or DataParallel is wanted.
     """
-    if data_parallel_backend:
+    if run_opts.data_parallel_backend:
         raise ValueError("--data_parallel_backend cannot gather the blocks' estimates; use torchrun instead.")
-    device = device or infer_device()
+    device = run_opts.device or infer_device()
     try:
-        torch.empty(0, device=device)
+        is_cpu = torch.empty(0, device=device).device.type == "cpu"
     except (AssertionError, RuntimeError) as error:  # torch raises either
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    if options["precision"] == "fp16" and torch.device(device).type == "cpu":
+    if options["precision"] == "fp16" and is_cpu:
         raise ValueError("--precision fp16 needs a GPU, but the device is the CPU; give fp32 or bf16.")
+    if not is_cpu or "distributed_backend" in run_opts.overridden_args:
+        return run_opts
+    given = run_opts.overridden_args | {"distributed_backend"}
+    return dataclasses.replace(run_opts, distributed_backend="gloo", overridden_args=given)

@@ -10,13 +10,13 @@ from torch.utils.data import Sampler
 
 @register_checkpoint_hooks
 class TrainingBatches(Sampler):
-    """The training batches of one rank, as lists of ``(epoch, row, share)``.
+    """The training batches of one rank, as lists of ``(epoch, row, weight)``.
 
     An epoch has an order of its own, drawn from (seed, epoch). A step takes the next ``batch_size * accumulation *
     num_ranks`` mixtures of it, whatever they are split into; the epoch's last step takes what is left, in equal parts.
-    A rank or an accumulated batch that runs short joins the step with one mixture of share 0.
+    A rank or an accumulated batch that runs short joins the step with one mixture of weight 0.
 
-    ``share`` is the mixture's weight in the loss. It is ``1 / B`` for one rank without accumulation; in general it
+    ``weight`` is the mixture's in the loss. It is ``1 / B`` for one rank without accumulation; in general it
     undoes that Brain divides the loss by ``accumulation`` and that DDP averages over the ranks, so that the gradient is
     that of the mean over all mixtures of the step.
 
@@ -40,7 +40,7 @@ class TrainingBatches(Sampler):
     -------
     >>> batches = TrainingBatches(num_samples=5, batch_size=2, seed=1)
     >>> batches.set_epoch(1)
-    >>> [[row for _, row, _ in batch] for batch in batches], [share for _, _, share in list(batches)[-1]]
+    >>> [[row for _, row, _ in batch] for batch in batches], [weight for _, _, weight in list(batches)[-1]]
     ([[1, 4], [0, 3], [2]], [1.0])
     >>> second = TrainingBatches(num_samples=5, batch_size=2, seed=1, rank=1, num_ranks=2)
     >>> second.set_epoch(1)
@@ -81,11 +81,11 @@ class TrainingBatches(Sampler):
         num_parts = self.accumulation * self.num_ranks
         for start in range(self.num_done, self.num_samples, self.step_size):
             step = rows[start : start + self.step_size].tolist()
-            share = num_parts / len(step)
+            weight = num_parts / len(step)
             part_size = -(-len(step) // num_parts)
             for part in range(self.rank, num_parts, self.num_ranks):
                 batch = step[part * part_size : (part + 1) * part_size]
-                yield [(self.epoch, row, share) for row in batch] or [(self.epoch, step[0], 0.0)]
+                yield [(self.epoch, row, weight) for row in batch] or [(self.epoch, step[0], 0.0)]
 
     @mark_as_saver
     def save(self, path):

@@ -70,6 +70,20 @@ def write_librimix(root, sizes, num_spks=2, sample_rate=8000, seconds=(0.5, 0.8)
     return Path(root)
 
 
+def write_manifests(folder, data_folder):
+    """A user's own manifests of such a folder, which name the speakers: the options that give them."""
+    options = {}
+    for name, subset in (("train", "train-360"), ("valid", "dev"), ("test", "test")):
+        mixtures = Path(data_folder) / "wav8k" / "min" / subset
+        lines = ["ID,mix_wav,s1_wav,s2_wav,s1_speaker,s2_speaker"]
+        for number, wav in enumerate(sorted((mixtures / "mix_clean").iterdir())):
+            paths = ",".join(str(mixtures / signal / wav.name) for signal in ("mix_clean", "s1", "s2"))
+            lines.append(f"{wav.stem},{paths},speaker{number % 7},speaker{7 + number % 5}")
+        options[f"{name}_manifest"] = Path(folder) / f"{name}.csv"
+        options[f"{name}_manifest"].write_text("\n".join(lines))
+    return options
+
+
 @pytest.fixture(scope="session")
 def librimix(tmp_path_factory):
     """Two speakers, 24 training, 5 validation and 5 test mixtures."""

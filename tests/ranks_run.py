@@ -14,14 +14,20 @@ import train
 
 from dsd_modules.data.wavs import WavReader
 
-fit, clip, read = train.Separation.fit, torch.nn.utils.clip_grad_norm_, WavReader.read
+fit, clip = train.Separation.fit, torch.nn.utils.clip_grad_norm_
+read, read_source = WavReader.read, WavReader.read_source
 steps = []
 
 
+def weights_of(brain):
+    return {n: {k: w.clone() for k, w in m.state_dict().items()} for n, m in brain.hparams.modules.items()}
+
+
 def fit_and_keep(brain, *args, **kwargs):
+    initial = weights_of(brain)
     fit(brain, *args, **kwargs)
-    weights = {name: module.state_dict() for name, module in brain.hparams.modules.items()}
-    torch.save({"weights": weights, "steps": steps}, f"rank{os.environ.get('RANK', '0')}.pt")
+    kept = {"initial": initial, "weights": weights_of(brain), "steps": steps}
+    torch.save(kept, f"rank{os.environ.get('RANK', '0')}.pt")
 
 
 def clip_and_keep(parameters, *args, **kwargs):
@@ -33,6 +39,8 @@ def clip_and_keep(parameters, *args, **kwargs):
 train.Separation.fit = fit_and_keep
 torch.nn.utils.clip_grad_norm_ = clip_and_keep
 WavReader.read = lambda *args: read(*args).astype("float64")
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-train.main(sys.argv[1:])
+WavReader.read_source = lambda *args: read_source(*args).astype("float64")
+if __name__ == "__main__":  # processes that score PESQ and STOI import this file
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    train.main(sys.argv[1:])

@@ -56,6 +56,16 @@ def test_switched_on_in_a_resumed_run_it_starts_with_the_next_step(tmp_path):
     assert average.averaged(modules)["encoder"].weight.item() == 4.0
 
 
+def test_a_checkpoint_without_an_average_leaves_none_of_a_later_one(tmp_path):
+    """A run whose best epoch lies before it was switched on: that epoch's own weights are scored."""
+    modules = one_weight(2.0)
+    WeightAverage(modules, 0.0).save(tmp_path / "average")
+    average = WeightAverage(modules, 0.9)
+    average.update(one_weight(7.0))
+    average.load(tmp_path / "average")
+    assert average.averaged(modules) is modules
+
+
 def test_a_restart_forgets():
     modules = one_weight(1.0)
     average = WeightAverage(modules, 0.9)

@@ -1,5 +1,6 @@
 """A user's mistakes end at once, in one sentence, before any data is generated or model built."""
 
+import errno
 import shutil
 
 import numpy as np
@@ -9,6 +10,8 @@ from conftest import HPARAMS, TINY, arguments
 from filelock import FileLock
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.dual_path import SepformerWrapper
+
+from dsd_modules import checkpoints, errors
 
 
 def fails(recipe, message, **overrides):
@@ -71,7 +74,7 @@ def nothing_built(recipe, monkeypatch):
         ("wham_folder", "/no/such/folder", "--wham_folder needs --librispeech_folder too"),
         ("metadata_folder", "/no/such/folder", "--metadata_folder /no/such/folder does not exist"),
         ("ema_decay", 1, "--ema_decay can only be a number from 0 up to (not with) 1, but got 1"),
-        ("speeds", "[0]", "--speeds can only be a list of 50 to 200 (%), but got [0]"),
+        ("speeds", "[97.5]", "--speeds can only be a list of whole numbers of 50 to 200 (%), but got [97.5]"),
         ("test_metrics", "[sdr]", "--test_metrics can only be a list of pesq and stoi, or [], but got ['sdr']"),
         ("test_block", 0, "--test_block can only be null or a whole number of at least 1, but got 0"),
     ],
@@ -129,6 +132,7 @@ def test_a_resume_on_other_data_or_with_another_model(recipe, run_recipe, librim
     run_recipe(data_folder=librimix, output_folder=tmp_path / "run", number_of_epochs=1)
     other = {**TINY, "output_folder": tmp_path / "run", "number_of_epochs": 2}
     fails(recipe, "--d_ffn is 8, but the run in", **{**other, "data_folder": librimix, "d_ffn": 8})
+    fails(recipe, "--mode is max, but the run in", **{**other, "data_folder": librimix, "mode": "max"})
     convtasnet = [str(HPARAMS.with_name("convtasnet_dsd.yaml")), "--data_folder", str(librimix)]
     with pytest.raises(SystemExit, match="is of another separator, which has no --num_conv_layers"):
         recipe.main([*convtasnet, "--output_folder", str(tmp_path / "run")])
@@ -172,9 +176,14 @@ def test_a_users_manifest(recipe, librimix, tmp_path):
     for sample_id in ("mean", "../escape", "x" * 300):
         manifests = [*good, write("bad.csv", [sample_id], mixtures[2:3])]
         overrides = dict(zip(("train_manifest", "test_manifest", "valid_manifest"), manifests, strict=True))
-        fails(recipe, "an id can be a file name", output_folder=tmp_path / "run", **overrides)
+        fails(recipe, "An id can be a file name", output_folder=tmp_path / "run", **overrides)
     overrides = {"train_manifest": good[0], "test_manifest": good[1], "valid_manifest": good[0]}
-    fails(recipe, "1 mixtures stand in two of the manifests", output_folder=tmp_path / "run", **overrides)
+    fails(
+        recipe,
+        "1 mixtures stand in two of the training, validation and test sets",
+        output_folder=tmp_path / "run",
+        **overrides,
+    )
 
 
 def test_folders_that_cannot_be_written(recipe, librimix, tmp_path):
@@ -197,3 +206,59 @@ def test_a_damaged_checkpoint_is_named(recipe, run_recipe, librimix, tmp_path):
     (checkpoint,) = (tmp_path / "run" / "save").glob("CKPT*")
     (checkpoint / "optimizer.ckpt").write_bytes(b"damaged")
     fails(recipe, f"The checkpoint {checkpoint} cannot be loaded", **{**TINY, **options})
+    (checkpoint / "CKPT.yaml").rename(tmp_path / "CKPT.yaml")
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    (tmp_path / "CKPT.yaml").rename(checkpoint / "CKPT.yaml")
+    fails(recipe, "is not of this recipe: it holds no memory_bank", **{**TINY, **options})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_file_that_is_damaged_after_the_check_is_named(recipe, run_recipe, librimix, tmp_path, num_workers):
+    """Also where a reader process meets it."""
+    damaged = shutil.copytree(librimix, tmp_path / "Libri2Mix")
+    options = {**TINY, "data_folder": damaged, "output_folder": tmp_path / "run", "num_workers": num_workers}
+    run_recipe(**{**options, "number_of_epochs": 1})
+    path = damaged / "wav8k/min/train-360/s2/train-360_004.wav"
+    samples, sample_rate = soundfile.read(path)
+    soundfile.write(path, samples[:-100], sample_rate)
+    fails(recipe, f"{path} ends 100 samples before its manifest says.", **options, skip_prep=True)
+
+
+def test_a_full_disk(recipe, librimix, tmp_path, monkeypatch):
+    """While a checkpoint is saved, and elsewhere: Python's error names no file there."""
+    options = {**TINY, "data_folder": librimix}
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def save(*args, **kwargs):
+        raise full
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.Checkpointer, "save_checkpoint", save)
+        message = "is the disk full? ([Errno 28] No space left on device)"
+        fails(recipe, message, **options, output_folder=tmp_path / "saving")
+    monkeypatch.setattr(recipe, "prepare_data", save)
+    fails(recipe, "what the run writes: No space left on device", **options, output_folder=tmp_path / "preparing")
+
+
+def test_a_history_that_is_gone(recipe, run_recipe, librimix, tmp_path):
+    options = {**TINY, "data_folder": librimix, "output_folder": tmp_path / "run", "number_of_epochs": 1}
+    run_recipe(**options)
+    (tmp_path / "run" / "history.csv").unlink()
+    fails(recipe, "history.csv cannot be read", **options, test_only=None)
+
+
+def test_a_rank_that_is_alone_with_a_mistake_says_it(monkeypatch):
+    """The main rank's sentence comes first, where it has the same mistake: torchrun then ends the others."""
+    waits = []
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "3")
+
+    @errors.ends_in_one_sentence
+    def main():
+        raise errors.RunError("the disk is not mounted here")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == "error (rank 3): the disk is not mounted here"
+    assert waits == [5]

@@ -265,8 +265,8 @@ def _change(rows, number, **cells):
         "Line 4 of .* has no source_1_path": lambda rows: _change(rows, 2, source_1_path=""),
         "Line 3 of .* a gain is a finite number, but got 'nan'": lambda rows: _change(rows, 1, noise_gain="nan"),
         "Line 2 of .* a gain is a finite number, but got 'loud'": lambda rows: _change(rows, 0, source_2_gain="loud"),
-        "stands twice": lambda rows: _change(rows, 1, mixture_ID=rows[0]["mixture_ID"]),
-        "an id can be a file name .* but got '../a'": lambda rows: _change(rows, 1, mixture_ID="../a"),
+        "stands 2 times in": lambda rows: _change(rows, 1, mixture_ID=rows[0]["mixture_ID"]),
+        "An id can be a file name .* but got '../a'": lambda rows: _change(rows, 1, mixture_ID="../a"),
     }.items(),
 )
 def test_faults_of_the_metadata(speech, tmp_path, message, spoil):
@@ -546,8 +546,11 @@ def test_a_run_is_the_one_on_generated_files(speech, run_recipe, tmp_path, task,
     folders = (root / "LibriSpeech", root / "wham_noise")
     generated = tmp_path / "Libri2Mix" / "wav8k" / "min"
     for subset in ("train-clean-100", "dev-clean", "test-clean"):
-        write_metadata(tmp_path / "metadata", f"libri2mix_{subset}.csv", rows[2])
-        for row in rows[2]:
+        renamed = [{**row, "mixture_ID": f"{row['mixture_ID']}-{subset}"} for row in rows[2]]
+        write_metadata(tmp_path / "metadata", f"libri2mix_{subset}.csv", renamed)
+        sexes = [{"mixture_ID": row["mixture_ID"], "speaker_1_sex": "F", "speaker_2_sex": "M"} for row in renamed]
+        write_metadata(tmp_path / "metadata", f"libri2mix_{subset}_info.csv", sexes)
+        for row in renamed:
             generate_as_librimix(row, folders, tmp_path, 2, 8000, "min")
             for name in (task, *(f"s{k + 1}" for k in range(num_spks))):
                 folder = generated / subset.replace("-clean", "") / name
@@ -563,3 +566,7 @@ def test_a_run_is_the_one_on_generated_files(speech, run_recipe, tmp_path, task,
         assert str({**first, "seconds": 0}) == str({**second, "seconds": 0})  # NaN equals nothing
     tables = [(tmp_path / run / "test_results.csv").read_bytes() for run in ("files", "on_load")]
     assert tables[0] == tables[1]
+    if num_spks == 2:
+        assert "gender,FM,5," in (tmp_path / "on_load" / "test_groups.csv").read_text()
+    wavs = {path.parent.name for path in (tmp_path / "on_load").rglob("*.wav")}
+    assert wavs == {"examples"}  # nothing else was written

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HPARAMS, REPOSITORY, TINY, arguments
+from conftest import HPARAMS, REPOSITORY, TINY, arguments, write_manifests
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsd_modules.data.generate import generate_synthetic
@@ -46,7 +46,7 @@ def assert_same_run(one, other):
     assert expected.keys() == actual.keys()
     for key in expected:
         assert torch.equal(expected[key], actual[key]), key
-    for name in ("memory_bank", "probe_bank"):
+    for name in ("memory_bank", "probe_bank", "weight_average"):
         expected, actual = (torch.load(newest(run) / f"{name}.ckpt", weights_only=True) for run in (one, other))
         for key in expected:
             assert np.array_equal(expected[key], actual[key]), (name, key)
@@ -202,6 +202,15 @@ def test_a_killed_run_keeps_its_schedule_cap_and_workers(run_recipe, librimix, t
     assert len({row["lr"] for row in history}) > 1
     assert max(row["reordered_samples"] for row in history) == 2
     kill_and_resume("step", 58, {**options, "num_workers": 2}, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_killed_run_with_new_mixtures_in_each_epoch_goes_on_to_the_same_result(run_recipe, librimix, tmp_path):
+    """Dynamic mixing, speeds, drops, dropout and the average of the weights."""
+    options = {**KILLED, **write_manifests(tmp_path, librimix), "dynamic_mixing": True, "dsd_mode": "none"}
+    options |= {"speed_perturb": True, "wave_drop": True, "ema_decay": 0.9, "segment_seconds": 0.2}
+    run_recipe(**{**options, "output_folder": tmp_path / "whole"})
+    kill_and_resume("step", 21, options, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 

@@ -19,18 +19,18 @@ def epoch_of(num_samples, batch_size, accumulation, num_ranks, epoch=1, seed=3):
 
 
 def steps_of(ranks, accumulation):
-    """From each step's batches of all ranks to its rows and the sum of their shares."""
+    """From each step's batches of all ranks to its rows and the sum of their weights."""
     assert len({len(batches) for batches in ranks}) == 1  # or a collective would wait forever
     steps = []
     for start in range(0, len(ranks[0]), accumulation):
         items = [item for batches in ranks for batch in batches[start : start + accumulation] for item in batch]
-        steps.append(([row for _, row, share in items if share > 0], sum(share for *_, share in items)))
+        steps.append(([row for _, row, weight in items if weight > 0], sum(weight for *_, weight in items)))
     return steps
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "num_ranks"), SPLITS)
 @pytest.mark.parametrize("num_samples", [1, 2, 13, 24, 71])
-def test_every_mixture_once_and_equal_shares(num_samples, batch_size, accumulation, num_ranks):
+def test_every_mixture_once_and_equal_weights(num_samples, batch_size, accumulation, num_ranks):
     ranks = epoch_of(num_samples, batch_size, accumulation, num_ranks)
     steps = steps_of(ranks, accumulation)
     assert sorted(row for rows, _ in steps for row in rows) == list(range(num_samples))
@@ -38,9 +38,9 @@ def test_every_mixture_once_and_equal_shares(num_samples, batch_size, accumulati
         assert total == pytest.approx(accumulation * num_ranks)
     for batch in (batch for batches in ranks for batch in batches):
         assert 1 <= len(batch) <= batch_size
-        shares = {share for *_, share in batch}
-        assert len(shares) == 1  # an item without weight is alone in its batch
-        assert shares != {0.0} or len(batch) == 1
+        weights = {weight for *_, weight in batch}
+        assert len(weights) == 1  # an item without weight is alone in its batch
+        assert weights != {0.0} or len(batch) == 1
 
 
 def test_a_step_takes_the_same_mixtures_however_it_is_split():
@@ -81,7 +81,7 @@ def test_a_resume_goes_on_with_any_number_of_ranks(num_ranks, tmp_path):
         after = TrainingBatches(29, 3, 7, rank=rank, num_ranks=num_ranks)
         after.load(tmp_path / "state")
         after.set_epoch(2)  # as Brain does
-        rest += [row for batch in after for _, row, share in batch if share > 0]
+        rest += [row for batch in after for _, row, weight in batch if weight > 0]
     assert len(rest) == 11
     assert done | set(rest) == set(range(29))
     after.set_epoch(3)

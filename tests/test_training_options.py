@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_manifests
 
+from dsd_modules import averaging
 from dsd_modules.evaluation import read_results
 from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.report import read_history
@@ -56,6 +58,17 @@ def test_a_test_alone_repeats_the_scores_at_any_block(run_recipe, librimix, tmp_
     of_block, _ = read_results(tmp_path / "run" / "test_results_block1.csv")
     for name, row in rows.items():
         assert of_block[name]["si_sdri"] == row["si_sdri_block1"]
+    with pytest.raises(SystemExit, match=r"--ema_decay is 0.0, but the run in .* had 0.5"):
+        run_recipe(**{**options, "ema_decay": 0.0}, test_only=None)
+
+
+def test_a_test_alone_moves_the_average_to_the_device(recipe, run_recipe, librimix, tmp_path, monkeypatch):
+    options = {"data_folder": librimix, "output_folder": tmp_path / "run", "number_of_epochs": 1, "ema_decay": 0.5}
+    run_recipe(**options)
+    moved = []
+    monkeypatch.setattr(averaging.WeightAverage, "to", lambda average, device: moved.append(str(device)))
+    run_recipe(**options, test_only=None)
+    assert moved == ["cpu"]
 
 
 def test_pesq_and_stoi_stand_in_the_table(recipe, run_recipe, librimix, tmp_path, monkeypatch):
@@ -153,18 +166,8 @@ def test_compiled_modules_train(run_recipe, librimix, tmp_path, monkeypatch):
 
 
 def test_dynamic_mixing_trains_without_the_memory_bank(run_recipe, librimix, tmp_path):
-    """tests/conftest.py's mixtures tell no speakers, so that a manifest has to."""
-    folder = librimix / "wav8k/min"
-    manifests = {}
-    for name, subset in (("train", "train-360"), ("valid", "dev"), ("test", "test")):
-        path = tmp_path / f"{name}.csv"
-        lines = ["ID,mix_wav,s1_wav,s2_wav,s1_speaker,s2_speaker"]
-        for number, wav in enumerate(sorted((folder / subset / "mix_clean").iterdir())):
-            paths = ",".join(str(folder / subset / signal / wav.name) for signal in ("mix_clean", "s1", "s2"))
-            lines.append(f"{wav.stem},{paths},speaker{number % 7},speaker{7 + number % 5}")
-        path.write_text("\n".join(lines))
-        manifests[f"{name}_manifest"] = path
-    options = {**manifests, "dynamic_mixing": True, "dsd_mode": "none", "segment_seconds": 0.3}
+    options = {"dynamic_mixing": True, "dsd_mode": "none", "segment_seconds": 0.3}
+    options |= write_manifests(tmp_path, librimix)
     run_recipe(output_folder=tmp_path / "run", number_of_epochs=3, **options)
     history = read_history(tmp_path / "run" / "history.csv")
     assert history[-1]["train_loss"] < history[0]["train_loss"]

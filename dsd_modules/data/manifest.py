@@ -23,8 +23,8 @@ _CUT_OFF = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_BYTES = 2**31 - 2**16
 
 
-def _is_cut_off(path, info):
-    """Whether a file ends before its header says."""
+def is_cut_off(path, info):
+    """Whether a file ends before its header says; ``info`` is soundfile's (``soundfile.info(path, verbose=True)``)."""
     if info.format in ("WAV", "WAVEX"):
         promised, present = map(int, match.groups()) if (match := _CUT_OFF.search(info.extra_info)) else (0, 0)
         return present < promised < _UNKNOWN_BYTES
@@ -44,13 +44,15 @@ def _inspect(mixture, root, sample_rate, min_samples):
         try:
             info = soundfile.info(path, verbose=True)
         except (soundfile.LibsndfileError, OSError):
-            reason = "does not exist" if not Path(path).is_file() else "is not a readable audio file"
+            is_refused = Path(path).is_file() and not os.access(path, os.R_OK)
+            reason = "is not a readable audio file" if Path(path).is_file() else "does not exist"
+            reason = "may not be read (permission denied)" if is_refused else reason
             return f"{path} (of mixture {mixture['ID']}) {reason}"
         if info.samplerate != sample_rate:
             return f"{path} has a sample rate of {info.samplerate} Hz, but sample_rate is {sample_rate}"
         if info.channels != 1:
             return f"{path} has {info.channels} channels, but one was expected"
-        if _is_cut_off(path, info):
+        if is_cut_off(path, info):
             return f"{path} is cut off: it ends before its header says"
         if info.frames < min_samples:
             return f"{path} has {info.frames} samples, but at least {min_samples} are needed"
@@ -109,7 +111,7 @@ def check_audio(mixtures, root, sample_rate, min_samples=1, progressbar=True):
 
 
 def sort_by_id(mixtures, where):
-    """The mixtures sorted by their ids, which must be unique.
+    """The mixtures sorted by their ids, which must be unique and can name files.
 
     Arguments
     ---------
@@ -125,7 +127,7 @@ def sort_by_id(mixtures, where):
     Raises
     ------
     ValueError
-        If there is none, or an id stands twice: the first such id, and how many there are.
+        If there is none, an id stands twice (the first such id, and how many there are), or one cannot name a file.
 
     Example
     -------
@@ -144,6 +146,11 @@ def sort_by_id(mixtures, where):
             f"Mixture ids must be unique, but {repeated[0]!r} stands {counts[repeated[0]]} times in {where}; "
             f"{len(repeated)} ids are not unique."
         )
+    for sample_id in counts:
+        if sample_id in ("mean", ".", "..") or "/" in sample_id or len(sample_id.encode()) > 200:
+            raise ValueError(
+                f"An id can be a file name of at most 200 bytes other than 'mean', but got {sample_id!r} in {where}."
+            )
     return sorted(mixtures, key=lambda mixture: mixture["ID"])
 
 
@@ -242,30 +249,38 @@ def read_mixtures(path, num_spks):
         if not all(mixture.values()):
             raise ValueError(f"Line {number} of the manifest {path} has an empty cell.")
         sample_id = mixture.pop("ID")
-        if sample_id in ("mean", ".", "..") or "/" in sample_id or len(sample_id.encode()) > 200:
-            raise ValueError(
-                f"Line {number} of the manifest {path}: an id can be a file name of at most 200 bytes other than "
-                f"'mean', but got {sample_id!r}."
-            )
         paths = {name: str(path.parent / wav) for name, wav in mixture.items()}
         mixtures.append({"ID": sample_id, **paths, **{name: row[name] for name in speakers}})
     return sort_by_id(mixtures, f"the manifest {path}")
 
 
-def refuse_shared_mixtures(sets):
+def refuse_shared_mixtures(sets, column):
     """Refuse a mixture that is both trained on and scored.
 
     Arguments
     ---------
     sets : list of list of dict
-        From :func:`read_mixtures`.
+        The mixtures of the sets.
+    column : str
+        What tells a mixture: ``ID``, or ``mix_wav``, the path of its file.
 
     Raises
     ------
     ValueError
         The first mixture that stands in two sets.
+
+    Example
+    -------
+    >>> refuse_shared_mixtures([[{"ID": "a"}, {"ID": "b"}], [{"ID": "b"}]], "ID")
+    Traceback (most recent call last):
+    ValueError: 1 mixtures stand in two of the training, validation and test sets, the first b.
     """
-    files = [{Path(mixture["mix_wav"]).resolve() for mixture in mixtures} for mixtures in sets]
-    shared = {file for number, one in enumerate(files) for other in files[:number] for file in one & other}
+    names = [
+        {os.path.realpath(mixture[column]) if column == "mix_wav" else mixture[column] for mixture in mixtures}
+        for mixtures in sets
+    ]
+    shared = {name for number, one in enumerate(names) for other in names[:number] for name in one & other}
     if shared:
-        raise ValueError(f"{len(shared)} mixtures stand in two of the manifests, the first {min(shared)}.")
+        raise ValueError(
+            f"{len(shared)} mixtures stand in two of the training, validation and test sets, the first {min(shared)}."
+        )

@@ -14,7 +14,6 @@ soundfile. Its arithmetic, whole files at a time:
 :class:`OnTheFlyReader` does the same for a stretch, and reads no more of the files than the stretch needs.
 """
 
-import csv
 import functools
 import hashlib
 import math
@@ -29,6 +28,7 @@ from scipy.signal import firwin, resample_poly
 from tqdm import tqdm
 
 from dsd_modules.data.cache import SharedCache
+from dsd_modules.data.manifest import is_cut_off, read_rows, sort_by_id
 
 RATE = 16000  # of LibriSpeech and of WHAM's noise, Hz
 TASKS = ("mix_clean", "mix_both", "mix_single")
@@ -222,13 +222,7 @@ def read_metadata(metadata_folder, subset, num_spks, task="mix_clean"):
     if task == "mix_single" and num_spks != 1:
         raise ValueError(f"The task mix_single has one speaker, but num_spks is {num_spks}.")
     path, num_sources = _find_csv(Path(metadata_folder), subset, num_spks, task)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    if not rows:
-        raise ValueError(f"{path} has no rows.")
+    rows = read_rows(path, "metadata file")
     names = [f"source_{spk}" for spk in range(1, num_sources + 1)] + ["noise"] * (task != "mix_clean")
     columns = ["mixture_ID", *(f"{name}_{what}" for name in names for what in ("path", "gain"))]
     for column in columns:
@@ -236,24 +230,17 @@ def read_metadata(metadata_folder, subset, num_spks, task="mix_clean"):
             raise ValueError(f"{path} has no column {column}; its columns are {', '.join(map(str, rows[0]))}.")
     if f"source_{num_sources + 1}_path" in rows[0]:
         raise ValueError(f"{path} has a source_{num_sources + 1}_path, but its name says {num_sources} speakers.")
-    mixtures = {}
+    mixtures = []
     for number, row in enumerate(rows, 2):
         for column in columns:
             if not (row[column] or "").strip():
                 raise ValueError(f"Line {number} of {path} has no {column}.")
             if column.endswith("_gain") and not _is_finite(row[column]):
                 raise ValueError(f"Line {number} of {path}: a gain is a finite number, but got {row[column]!r}.")
-        mixture_id = row["mixture_ID"]
-        if mixture_id in mixtures:
-            raise ValueError(f"Mixture ids must be unique, but {mixture_id!r} stands twice in {path}.")
-        if mixture_id in ("mean", ".", "..") or "/" in mixture_id or len(mixture_id.encode()) > 200:
-            raise ValueError(
-                f"Line {number} of {path}: an id can be a file name of at most 200 bytes other than 'mean', but got "
-                f"{mixture_id!r}."
-            )
         signals = [(row[f"{name}_path"], row[f"{name}_gain"]) for name in names]
-        mixtures[mixture_id] = {"ID": mixture_id, "sources": signals[:num_sources], "noise": signals[num_sources:]}
-    return [mixtures[mixture_id] for mixture_id in sorted(mixtures)]
+        sources, noise = signals[:num_sources], signals[num_sources:]
+        mixtures.append({"ID": row["mixture_ID"], "sources": sources, "noise": noise})
+    return sort_by_id(mixtures, path)
 
 
 def _is_finite(text):
@@ -295,11 +282,7 @@ def _inspect(path, max_channels):
                 return f"has a sample rate of {file.samplerate} Hz, but {RATE} Hz are expected"
             if file.channels > max_channels:
                 return f"has {file.channels} channels, but at most {max_channels} can be used"
-            # A header does not tell that the file ends early: its last sample does (flac), or libsndfile's log (wav).
-            file.seek(max(0, file.frames - 1))
-            if len(file.read(1)) != 1 or re.search(r"^data\s*:.*should be", file.extra_info, re.MULTILINE):
-                return _UNREADABLE
-            return file.frames
+            return _UNREADABLE if file.frames == 0 or is_cut_off(path, file) else file.frames
     except (soundfile.LibsndfileError, OSError):
         if Path(path).is_file():
             return _UNREADABLE
@@ -484,7 +467,7 @@ class OnTheFlyReader:
     def read_source(self, entry, index, start, num_samples):
         """A stretch of source ``index``, from 0: ``[T]``, float32. Raises as :meth:`read`."""
         self._check_stretch(entry, start, num_samples)
-        kept = self._keep_whole(entry)
+        kept = self._find_whole(entry)  # but makes none: that costs more than the one source
         if kept is not None:
             return self._unpack(kept[1 + index, start : start + num_samples])
         return self._finish(self._make_source(entry, index, start, num_samples))
@@ -538,26 +521,34 @@ class OnTheFlyReader:
     def _finish(self, signal):
         return round_to_16_bits(signal) if self.quantize else signal.astype(np.float32)
 
+    def _find_whole(self, entry):
+        """The whole mixture and its sources as kept in memory, ``[1 + N, T]``; None where they are not."""
+        kept = self.cache.get(_key(entry)) if self.cache.num_bytes else None
+        return None if kept is None else np.frombuffer(kept, self._kept_dtype).reshape(self._whole_shape(entry))
+
     def _keep_whole(self, entry):
-        """The whole mixture and its sources as kept in memory, ``[1 + N, T]``; None where there is no room."""
-        dtype = np.int16 if self.quantize else np.float32
-        shape = (1 + self.num_spks, self._num_samples(entry))
-        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if not self.cache.num_bytes:
-            return None
-        key = hashlib.blake2b(repr(sorted(entry.items())).encode(), digest_size=16).digest()
-        kept = self.cache.get(key)
-        if kept is not None:
-            return np.frombuffer(kept, dtype).reshape(shape)
-        if not self.cache.has_room(num_bytes):
-            return None
+        """The same, made now where there is room for it."""
+        kept, shape = self._find_whole(entry), self._whole_shape(entry)
+        if kept is not None or not self.cache.has_room(math.prod(shape) * np.dtype(self._kept_dtype).itemsize):
+            return kept
         whole = self._make(entry, 0, shape[1])
-        whole = (whole * np.float32(2**15)).astype(np.int16) if self.quantize else whole
-        self.cache.put(key, whole)
+        whole = (whole * np.float32(2**15)).astype(self._kept_dtype) if self.quantize else whole
+        self.cache.put(_key(entry), whole)
         return whole
+
+    @property
+    def _kept_dtype(self):
+        return np.int16 if self.quantize else np.float32
+
+    def _whole_shape(self, entry):
+        return 1 + self.num_spks, self._num_samples(entry)
 
     def _unpack(self, kept):
         return kept * np.float32(2**-15) if self.quantize else kept.copy()
+
+
+def _key(entry):
+    return hashlib.blake2b(repr(sorted(entry.items())).encode(), digest_size=16).digest()
 
 
 def _read_file(path, first, last, num_samples):

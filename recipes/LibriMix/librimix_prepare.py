@@ -73,7 +73,13 @@ def prepare_data(options):
     sets = _list_sets(options)
     record = {"settings": _settings(options), "mixtures": _digest_mixtures(sets)}
     if options.get("skip_prep"):
-        if _fitting_record(options)["mixtures"] != record["mixtures"]:
+        earlier = _fitting_record(options)
+        if earlier["manifests"] != _digest_manifests(options):
+            raise ValueError(
+                f"The manifests in {manifests[0].parent} were changed since they were written; "
+                "run once without --skip_prep."
+            )
+        if earlier["mixtures"] != record["mixtures"]:
             raise ValueError(
                 f"The mixtures of the data are not those of the manifests in {manifests[0].parent}; "
                 "run once without --skip_prep."
@@ -81,8 +87,8 @@ def prepare_data(options):
         return
     earlier = _read_record(options)
     if earlier is not None:
-        files = _digest_files(sets, options)
-        if files is not None and earlier == {**record, "files": files}:
+        record_now = {**record, **_digests(sets, options)}
+        if None not in record_now.values() and earlier == record_now:
             logger.info("The manifests in %s are reused.", manifests[0].parent)
             return
         logger.warning(
@@ -96,7 +102,7 @@ def prepare_data(options):
     for manifest, set_rows in zip(manifests, rows, strict=True):
         write_manifest(manifest, set_rows)
     with write_whole(_record_file(options)) as stream:
-        json.dump({**record, "files": _digest_files(sets, options)}, stream, indent=2)
+        json.dump({**record, **_digests(sets, options)}, stream, indent=2)
 
 
 def make_reader(options):
@@ -118,10 +124,10 @@ def make_reader(options):
             options["num_spks"],
             options["sample_rate"],
             options["task"],
-            quantize=options.get("quantize", True),
-            cache_bytes=int(options.get("cache_gb", 0) * 1e9),
+            quantize=options["quantize"],
+            cache_bytes=int(options["cache_gb"] * 1e9),
         )
-    return WavReader(_data_folder(options), options["num_spks"])
+    return WavReader(_made_data_folder(options), options["num_spks"])
 
 
 def find_mixtures(data_folder, subset, num_spks, sample_rate, mode="min", task="mix_clean"):
@@ -239,7 +245,7 @@ def _kind(options):
     return _ON_THE_FLY if options.get("librispeech_folder") else _LIBRIMIX_FOLDER
 
 
-def _data_folder(options):
+def _made_data_folder(options):
     """Where the manifests' relative paths start: for synthetic voices the folder, which is made if it is missing."""
     if _kind(options) == _OWN_MANIFESTS:
         return ""
@@ -262,13 +268,13 @@ def _list_sets(options):
     """The mixtures for training, validation and test, found without opening audio."""
     if _kind(options) == _OWN_MANIFESTS:
         sets = [read_mixtures(options[f"{name}_manifest"], options["num_spks"]) for name in ("train", "valid", "test")]
-        refuse_shared_mixtures(sets)
+        refuse_shared_mixtures(sets, "mix_wav")
         return sets
     if _kind(options) == _ON_THE_FLY:
         source, find = options["metadata_folder"], on_the_fly.read_metadata
         layout = {name: options[name] for name in ("num_spks", "task")}
     else:
-        source, find = _data_folder(options), find_mixtures
+        source, find = _made_data_folder(options), find_mixtures
         layout = {name: options[name] for name in ("num_spks", "sample_rate", "mode", "task")}
     return _join_train_sets([find(source, subset, **layout) for subset in _subsets(options)], options)
 
@@ -280,7 +286,9 @@ def _subsets(options):
 def _join_train_sets(sets, options):
     """The sets for training, validation and test, from those of :func:`_subsets`."""
     *train, valid, test = sets
-    return [sort_by_id(list(itertools.chain(*train)), " and ".join(options["train_sets"])), valid, test]
+    train = sort_by_id(list(itertools.chain(*train)), " and ".join(options["train_sets"]))
+    refuse_shared_mixtures([train, valid, test], "ID")
+    return [train, valid, test]
 
 
 def _check_sets(sets, options):
@@ -293,7 +301,8 @@ def _check_sets(sets, options):
             on_the_fly.find_mixtures(subset=subset, min_samples=min_samples, **layout) for subset in _subsets(options)
         ]
         return _join_train_sets(rows, options)
-    rows = iter(check_audio(list(itertools.chain(*sets)), _data_folder(options), options["sample_rate"], min_samples))
+    root, mixtures = _made_data_folder(options), list(itertools.chain(*sets))
+    rows = iter(check_audio(mixtures, root, options["sample_rate"], min_samples))
     return [list(itertools.islice(rows, len(mixtures))) for mixtures in sets]
 
 
@@ -315,10 +324,22 @@ def _digest_mixtures(sets):
     return hashlib.sha256(json.dumps(sets).encode()).hexdigest()
 
 
+def _digests(sets, options):
+    return {"manifests": _digest_manifests(options), "files": _digest_files(sets, options)}
+
+
+def _digest_manifests(options):
+    """What stands in the manifests; None where one is missing."""
+    try:
+        return hashlib.sha256(b"".join(manifest.read_bytes() for manifest in _manifests(options))).hexdigest()
+    except OSError:
+        return None
+
+
 def _digest_files(sets, options):
-    """The manifests, and the size and time of every file that the mixtures are made of; None where one is missing."""
+    """The size and time of every file that the mixtures are made of; None where one is missing."""
     is_mixed_on_the_fly = _kind(options) == _ON_THE_FLY
-    root = options["librispeech_folder"] if is_mixed_on_the_fly else _data_folder(options)
+    root = options["librispeech_folder"] if is_mixed_on_the_fly else _made_data_folder(options)
     files = {}  # path as the mixtures have it: where it is
     for mixture in itertools.chain(*sets):
         if is_mixed_on_the_fly:
@@ -329,8 +350,6 @@ def _digest_files(sets, options):
         files.update((path, os.path.join(root, path)) for path in paths)
     digest = hashlib.sha256(json.dumps(sets).encode())
     try:
-        for manifest in _manifests(options):
-            digest.update(manifest.read_bytes())
         names = list(files)
         batches = [names[first : first + 1000] for first in range(0, len(names), 1000)]  # a task for each file is slow
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -350,7 +369,7 @@ def _read_record(options):
     """What the last preparation left beside its manifests; None where there is nothing."""
     try:
         record = json.loads(_record_file(options).read_text(encoding="utf-8"))
-        return record if record.keys() == {"settings", "mixtures", "files"} else None
+        return record if record.keys() == {"settings", "mixtures", "manifests", "files"} else None
     except (OSError, ValueError, AttributeError):
         return None
 

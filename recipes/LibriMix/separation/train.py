@@ -7,6 +7,7 @@
 Every option stands, with its values, in hparams/sepformer_dsd.yaml.
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from librimix_prepare import check_data, make_reader, prepare_data
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from dsd_modules.augmentation import Augmentation
 from dsd_modules.brain import SeparationBrain
 from dsd_modules.dataset import MixtureDataset, read_entries
+from dsd_modules.distributed import run_on_main
 from dsd_modules.dynamic_mixing import DynamicMixing
 from dsd_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
 from dsd_modules.files import lock_folder
@@ -50,10 +52,11 @@ class Separation(SeparationBrain):
         -------
         torch.Tensor
             Negative SI-SDR in dB: the weighted sum over the blocks, the mean over all samples of the step (each has
-            its share), where the dropped ones count as zero.
+            its weight), where the dropped ones count as zero.
         """
         if self.is_filler(batch, stage):
-            return 0.0 * predictions.sum()  # with no mixture left, this rank joins the step without weight
+            # With no mixture left, this rank joins the step without weight. Not 0 * predictions: 0 * inf is NaN.
+            return torch.where(torch.zeros_like(predictions, dtype=torch.bool), predictions, 0.0).sum()
 
         hparams = self.hparams
         pit = hparams.pit_loss(predictions, *self.references(batch))  # of every block at once
@@ -74,7 +77,7 @@ class Separation(SeparationBrain):
         keep, perm, action = (x.to(self.device) for x in (decision.keep, decision.perm, decision.action))
         result = layerwise(perm=perm, imposed=action == REORDER, gamma_db=hparams.soft_min_gamma_db)
         self.track(stage, measures, result, decision.keep)
-        return torch.where(keep, batch.share.to(result.loss) * result.loss, 0.0).sum()
+        return torch.where(keep, batch.weight.to(result.loss) * result.loss, 0.0).sum()
 
 
 def make_datasets(hparams, options):
@@ -122,13 +125,13 @@ def main(argv):
         overrides, options = read_options(hparams_file, overrides, given)
         check_options(options)
         check_metrics(options["test_metrics"])
-        check_run_opts(options, run_opts.device, run_opts.data_parallel_backend)
+        run_opts = check_run_opts(options, run_opts)
         check_resume(options, model_options(hparams_file), run_opts.test_only)
-        if if_main_process():
+        if os.environ.get("RANK", "0") == "0":  # the ranks do not know of each other yet
             check_data(options)
         ddp_init_group(run_opts)
         lock = lock_folder(options["output_folder"])  # until the end of the run
-        run_on_main(prepare_data, kwargs={"options": options})
+        run_on_main(prepare_data, options)
         with open(hparams_file, encoding="utf-8") as stream:
             hparams = load_hyperpyyaml(stream, overrides)
         train, valid, test, probe = make_datasets(hparams, options)
@@ -160,7 +163,8 @@ def main(argv):
             modules = hparams["weight_average"].averaged(hparams["modules"])
             exported = export_model(folder, hparams_file, options, modules)
             folders = [options[name] for name in ("metadata_folder", "data_folder", "librispeech_folder")]
-            finish_run(hparams["output_folder"], exported, test, hparams["test_block"], folders)
+            with mistakes_as_run_errors():
+                finish_run(hparams["output_folder"], exported, test, hparams["test_block"], folders)
     del lock
 
 
