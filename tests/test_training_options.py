@@ -13,7 +13,6 @@ from conftest import write_manifests
 
 from dsd_modules import averaging
 from dsd_modules.evaluation import read_results
-from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.report import read_history
 
 
@@ -153,16 +152,18 @@ def test_compiled_modules_train(run_recipe, librimix, tmp_path, monkeypatch):
 
     def compile_eagerly(module, **kwargs):
         compiled.append(type(module).__name__)
-        return functools.partial(original, backend="aot_eager", dynamic=True)(module)
+        return functools.partial(original, backend="eager", dynamic=True)(module)
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compile_eagerly)
-    run_recipe(data_folder=librimix, output_folder=tmp_path / "run", number_of_epochs=2, compile=None, ema_decay=0.5)
+    options = {"data_folder": librimix, "number_of_epochs": 1, "segment_seconds": 0.3, "test_at_end": False}
+    run_recipe(**options, output_folder=tmp_path / "compiled", compile=None)
     torch.compiler.reset()
     assert sorted(compiled) == ["Decoder", "DualPathMaskNet", "Encoder"]
-    history = read_history(tmp_path / "run" / "history.csv")
-    assert history[1]["train_loss"] < history[0]["train_loss"]
-    SepformerDSDSeparation.from_hparams(tmp_path / "run" / "exported")
+    run_recipe(**options, output_folder=tmp_path / "plain")
+    (first,), (second,) = (read_history(tmp_path / run / "history.csv") for run in ("compiled", "plain"))
+    assert first["train_loss"] == pytest.approx(second["train_loss"], abs=0.01)
+    assert first["valid_loss"] == pytest.approx(second["valid_loss"], abs=0.05)
 
 
 def test_dynamic_mixing_trains_without_the_memory_bank(run_recipe, librimix, tmp_path):
