@@ -369,8 +369,7 @@ class SeparationBrain(sb.Brain):
         meta = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "label_switches": counts.label_switches,
-            "label_switch_rate": counts.label_switch_rate,
+            **self._label_switches(counts),
             "dropped_samples": counts.dropped_samples,
             "reordered_samples": counts.reordered_samples,
             "readmitted_samples": counts.readmitted_samples,
@@ -380,8 +379,7 @@ class SeparationBrain(sb.Brain):
             "margin_median": float(torch.tensor(margins).median()) if margins else float("nan"),
         }
         if probe_counts is not None:
-            meta["probe_label_switches"] = probe_counts.label_switches
-            meta["probe_label_switch_rate"] = probe_counts.label_switch_rate
+            meta.update({f"probe_{name}": value for name, value in self._label_switches(probe_counts).items()})
         hparams.lr_scheduler.on_epoch(self.optimizer, epoch, valid["loss"])
 
         hparams.train_logger.log_stats(meta, train, valid)  # a collective in SpeechBrain
@@ -401,6 +399,13 @@ class SeparationBrain(sb.Brain):
             num_to_keep=hparams.num_to_keep,
             max_keys=["si_sdri"],
         )
+
+    def _label_switches(self, counts):
+        """Their number and rate; NaN where nothing can switch (one speaker) or nothing was counted."""
+        is_counted = self.hparams.num_spks > 1 and counts.uncounted < counts.visits
+        return {
+            name: getattr(counts, name) if is_counted else math.nan for name in ("label_switches", "label_switch_rate")
+        }
 
     def _check_progress(self, epoch, counts, valid):
         """Stop a run that learns nothing, instead of going on with numbers that look like others."""

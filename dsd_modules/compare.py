@@ -5,6 +5,7 @@ scores with 95 % intervals; the runs' curves are drawn into one picture.
 """
 
 import argparse
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -286,6 +287,18 @@ def _read_run(folder):
     return results, read_history(folder / "history.csv")
 
 
+def _different_data(run_a, run_b):
+    """A sentence where the manifests of two runs tell that they are of other mixtures."""
+    try:
+        texts = [(run / "manifests" / "prepared.json").read_text(encoding="utf-8") for run in (run_a, run_b)]
+        a, b = (json.loads(text)["settings"] for text in texts)
+    except (OSError, ValueError, KeyError):
+        return ""
+    names = [name for name in ("num_spks", "sample_rate", "mode", "task") if a.get(name) != b.get(name)]
+    differences = ", ".join(f"{name} {a.get(name)} and {b.get(name)}" for name in names)
+    return f"\n\nBut A and B were tested on different mixtures: {differences}." if names else ""
+
+
 def main(argv=None):
     """The command line.
 
@@ -312,7 +325,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     try:
         run_a, run_b = _read_run(arguments.run_a), _read_run(arguments.run_b)
-        text = describe(run_a, run_b, arguments.metric)
+        text = describe(run_a, run_b, arguments.metric) + _different_data(arguments.run_a, arguments.run_b)
         figure = comparison_figure(
             {f"A: {arguments.run_a.resolve().name}": run_a[1], f"B: {arguments.run_b.resolve().name}": run_b[1]}
         )

@@ -7,6 +7,7 @@
 Every option stands, with its values, in hparams/sepformer_dsd.yaml.
 """
 
+import logging
 import os
 import sys
 from functools import partial
@@ -120,6 +121,8 @@ def check_fit(hparams, train, probe):
 def main(argv):
     """The run: check, prepare, train, evaluate, export, report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    # It warns that it cannot save figures without torchvision, which nothing here needs.
+    logging.getLogger("speechbrain.utils.train_logger").addFilter(lambda record: "torchvision" not in record.msg)
     with mistakes_as_run_errors():
         given = {name: run_opts[name] for name in run_opts.overridden_args}
         overrides, options = read_options(hparams_file, overrides, given)
@@ -165,6 +168,8 @@ def main(argv):
             folders = [options[name] for name in ("metadata_folder", "data_folder", "librispeech_folder")]
             with mistakes_as_run_errors():
                 finish_run(hparams["output_folder"], exported, test, hparams["test_block"], folders)
+    elif if_main_process():
+        print("\nThe test set was not looked at; the same command without --test_at_end False tests.")
     del lock
 
 
