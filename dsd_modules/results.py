@@ -152,6 +152,6 @@ def finish_run(output_folder, exported, test_set, test_block=None, folders=()):
     scores = ", ".join(f"{name} {value:.2f}{' dB' * ('SDR' in name)}" for name, value in _main_scores(mean).items())
     block = "" if test_block is None else f" of block {test_block}"
     print(f"\nTest{block}, {len(rows)} mixtures: {scores} ({blocks})")
-    if groups:
+    if len(groups) > 1:  # one alone is the whole test set
         print(format_groups(groups))
     print("\n".join(f"  {name:16}  {place}" for name, place in places.items()))
