@@ -1,11 +1,11 @@
 """Mixtures and their sources as a SpeechBrain dataset, cut into crops that depend on (seed, epoch, id) alone."""
 
-import csv
 import hashlib
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 
+from dsd_modules.data.manifest import read_rows
 from dsd_modules.errors import DataError
 
 
@@ -54,9 +54,13 @@ def read_entries(manifest):
     -------
     dict
         From an id to its row, a dict of strings by column.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read, or has no rows.
     """
-    with open(manifest, newline="", encoding="utf-8") as stream:
-        return {entry["ID"]: entry for entry in csv.DictReader(stream)}
+    return {entry["ID"]: entry for entry in read_rows(manifest, "manifest")}
 
 
 class MixtureDataset(DynamicItemDataset):

@@ -78,8 +78,8 @@ def gender_pairs(ids, num_spks, folders):
     num_spks : int
         The speakers to be named: the first ones of the mixture.
     folders : list of (str or Path or None)
-        Where to look, themselves and one folder deeper, for LibriMix's ``libri2mix_test-clean_info.csv`` (or
-        ``_test_info.csv``, or of another number of speakers), and for ``SPEAKERS.TXT``.
+        Where to look for LibriMix's ``libri2mix_test-clean_info.csv`` (or ``_test_info.csv``, or of another number of
+        speakers; also one folder deeper), and for ``SPEAKERS.TXT``.
 
     Returns
     -------

@@ -25,8 +25,8 @@ _QUANTA_PER_UNIT = 2**32
 class EpochTracker:
     """Running means of named values over the samples of an epoch, and the values themselves where wanted.
 
-    Values are added up as whole multiples of 2^-32, without rounding: the means do not depend on the order, and so not
-    on the number of ranks.
+    Values are rounded to whole multiples of 2^-32, whose sums are exact: the means do not depend on the order, and so
+    not on the number of ranks.
 
     Example
     -------

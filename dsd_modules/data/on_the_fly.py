@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dsd_modules.data.cache import SharedCache
 from dsd_modules.data.manifest import is_cut_off, read_rows, sort_by_id
+from dsd_modules.data.wavs import read_stretch
 
 RATE = 16000  # of LibriSpeech and of WHAM's noise, Hz
 TASKS = ("mix_clean", "mix_both", "mix_single")
@@ -553,16 +554,9 @@ def _key(entry):
 
 def _read_file(path, first, last, num_samples):
     """Samples ``first`` to ``last`` of the first channel of a file that has ``num_samples``, float32."""
-    try:
-        with soundfile.SoundFile(path) as file:
-            if file.frames != num_samples:
-                raise ValueError(f"{path} has {file.frames} samples, but its manifest says {num_samples}.")
-            file.seek(first)
-            signal = file.read(last - first, dtype="float32", always_2d=True)[:, 0]
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if len(signal) != last - first:
+    samples, num_frames = read_stretch(path, first, last - first)
+    if num_frames != num_samples:
+        raise ValueError(f"{path} has {num_frames} samples, but its manifest says {num_samples}.")
+    if len(samples) != last - first:
         raise ValueError(f"{path} is damaged: {last - first} samples from {first} on were expected.")
-    if not np.isfinite(signal).all():
-        raise ValueError(f"{path} holds values that are not finite.")
-    return signal
+    return samples[:, 0]

@@ -61,18 +61,42 @@ class WavReader:
 
     def _read_file(self, entry, signal, start, num_samples):
         path = os.path.join(self.root, entry[f"{signal}_wav"])
-        try:
-            with soundfile.SoundFile(path) as file:
-                if file.frames < start + num_samples:
-                    raise ValueError(
-                        f"{path} ends {start + num_samples - file.frames} samples before its manifest says."
-                    )
-                file.seek(start)
-                samples = file.read(num_samples, dtype="float32")
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        if samples.shape != (num_samples,):
+        samples, num_frames = read_stretch(path, start, num_samples)
+        if num_frames < start + num_samples:
+            raise ValueError(f"{path} ends {start + num_samples - num_frames} samples before its manifest says.")
+        if samples.shape != (num_samples, 1):
             raise ValueError(f"{path} is damaged: {num_samples} samples from {start} on were expected.")
-        if not np.isfinite(samples).all():
-            raise ValueError(f"{path} holds values that are not finite.")
-        return samples
+        return samples[:, 0]
+
+
+def read_stretch(path, start, num_samples):
+    """Read a stretch of an audio file, as far as it goes.
+
+    Arguments
+    ---------
+    path : str
+        The file.
+    start, num_samples : int
+        The stretch, in samples.
+
+    Returns
+    -------
+    samples : np.ndarray
+        ``[T, channels]``, float32; fewer than ``num_samples`` where the file ends before, or is damaged.
+    num_frames : int
+        Samples of the whole file, as its header tells.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, or holds a value that is not finite.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            file.seek(min(start, file.frames))
+            samples, num_frames = file.read(num_samples, dtype="float32", always_2d=True), file.frames
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path} holds values that are not finite.")
+    return samples, num_frames
