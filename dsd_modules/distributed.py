@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from speechbrain.utils.distributed import is_distributed_initialized
+from speechbrain.utils.distributed import ddp_barrier, is_distributed_initialized
 
 
 def world_size():
@@ -48,3 +48,14 @@ def all_gather(thing):
     ranks = [None] * world_size()
     torch.distributed.all_gather_object(ranks, thing)
     return ranks
+
+
+def leave_group():
+    """Leave the process group, at the end of a run that went well.
+
+    A rank that exits in it may be aborted while Python shuts down: Gloo's threads still hold tensors then
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if is_distributed_initialized():
+        ddp_barrier()
+        torch.distributed.destroy_process_group()

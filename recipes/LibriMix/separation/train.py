@@ -22,7 +22,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from dsd_modules.augmentation import Augmentation
 from dsd_modules.brain import SeparationBrain
 from dsd_modules.dataset import MixtureDataset, read_entries
-from dsd_modules.distributed import run_on_main
+from dsd_modules.distributed import leave_group, run_on_main
 from dsd_modules.dynamic_mixing import DynamicMixing
 from dsd_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
 from dsd_modules.files import lock_folder
@@ -170,6 +170,7 @@ def main(argv):
                 finish_run(hparams["output_folder"], exported, test, hparams["test_block"], folders)
     elif if_main_process():
         print("\nThe test set was not looked at; the same command without --test_at_end False tests.")
+    leave_group()
     del lock
 
 
