@@ -1,19 +1,58 @@
-"""Separate batches and recordings with a trained model."""
+"""Separate batches, recordings of any length and streams with a trained model."""
 
+import contextlib
+import itertools
 import math
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.optimize
-import scipy.signal
-import soundfile
 import torch
 
-from dsd_modules.files import write_whole
+from dsd_modules.levels import Levels
 from dsd_modules.model_folder import read_model
-from dsd_modules.separator import separate
+from dsd_modules.recordings import Recording, Resampler, VoiceFiles, resampled_length
+from dsd_modules.separator import check_early_exit, separate, separate_until
+from dsd_modules.windows import FollowedVoices, Windows
 
 _HEARD_RMS = 0.05  # about that of LibriMix's mixtures
+_OVERLAP_SECONDS = 2.0  # of windows, or a quarter of them
+_REMINDER_SECONDS = 1.0
+_BLOCK_SAMPLES = 2**16  # that are read again at a time
+
+
+@dataclass(frozen=True)
+class SeparatedRecording:
+    """What :meth:`SepformerDSDSeparation.separate_to_files` has written.
+
+    Attributes
+    ----------
+    paths : list of Path
+        A wav file per voice.
+    num_seconds : float
+        Duration of the recording.
+    elapsed_seconds : float
+        Time that it took.
+    blocks_run : float
+        Number of blocks that were run, mean over the windows that are not silent.
+
+    Example
+    -------
+    >>> SeparatedRecording([Path("a_spk1.wav")], num_seconds=10.0, elapsed_seconds=2.5, blocks_run=2.0).real_time_factor
+    0.25
+    """
+
+    paths: list
+    num_seconds: float
+    elapsed_seconds: float
+    blocks_run: float
+
+    @property
+    def real_time_factor(self):
+        """Time that it took per time of the recording."""
+        return self.elapsed_seconds / self.num_seconds
 
 
 class SepformerDSDSeparation:
@@ -96,7 +135,7 @@ class SepformerDSDSeparation:
         return cls(modules, sample_rate, (run_opts or {}).get("device") or "cpu")
 
     @torch.no_grad()
-    def separate_batch(self, mix, lengths=None):
+    def separate_batch(self, mix, lengths=None, num_blocks=None, exit_si_sdr_db=None):
         """Separate a batch of mixtures at the model's sample rate.
 
         An item of a padded batch gives what it gives alone. The estimates have the scale that the network
@@ -108,6 +147,13 @@ class SepformerDSDSeparation:
             Mixtures [B, T], floating point, on any device.
         lengths : torch.Tensor or list of int, optional
             Number of samples of each item, [B]. What lies beyond does not matter.
+        num_blocks : int, optional
+            Run only so many blocks of the model, from 1: faster, and where the model was trained with layer-wise
+            optimization nearly as good. None: all.
+        exit_si_sdr_db : float, optional
+            Early exit, for models of three blocks and more: stop after the first block, from the second on, whose
+            estimates agree with those of the block before by so much SI-SDR, dB.
+            See :func:`dsd_modules.separator.separate_until`.
 
         Returns
         -------
@@ -117,8 +163,10 @@ class SepformerDSDSeparation:
         Raises
         ------
         ValueError
-            If the mixtures are not [B, T], empty or not finite, or the lengths do not fit them.
+            If the mixtures are not [B, T], empty or not finite, the lengths do not fit them, or the model has no
+            such blocks.
         """
+        self._check_blocks(num_blocks, exit_si_sdr_db)
         if not isinstance(mix, torch.Tensor) or mix.dim() != 2 or not mix.is_floating_point():
             got = f"{mix.dtype} {list(mix.shape)}" if isinstance(mix, torch.Tensor) else type(mix)
             raise ValueError(f"mix must be a floating-point tensor of shape [B, T], but got {got}.")
@@ -142,43 +190,324 @@ class SepformerDSDSeparation:
         kernel = self.mods["encoder"].conv1d.kernel_size[0]
         mix = torch.nn.functional.pad(mix, (0, max(0, kernel - num_samples)))  # [B, max(T, kernel)]
         whole = None if lengths is None else lengths.clamp(min=kernel)
-        estimates = separate(**self.mods, mixture=mix, lengths=whole)
+        estimates, _ = self._run(mix, whole, num_blocks, exit_si_sdr_db)
         estimates = estimates[:, :, :num_samples]  # [B, N, T]
         if lengths is not None:
             estimates = estimates.masked_fill(is_padding[:, None], 0)
         return estimates.transpose(1, 2)  # [B, T, N]
 
-    def separate_file(self, path):
-        """Separate a recording.
+    def separate_file(
+        self,
+        recording,
+        channel=None,
+        sample_rate=None,
+        num_blocks=None,
+        exit_si_sdr_db=None,
+        window_seconds=16.0,
+        progress=None,
+    ):
+        """Separate a recording of any length.
 
-        Channels are averaged, and another sample rate is converted. Each voice is scaled by one gain, so that
-        the voices add up to the recording as well as they can: their relative levels are kept. All voices are
-        turned down together where the loudest sample would exceed 1. Silence gives silence; the level of the
-        recording does not matter otherwise.
+        It is separated in windows that overlap, and each voice is followed from one to the next
+        (:class:`dsd_modules.windows.FollowedVoices`). Each voice has one gain, none negative, with which the voices
+        add up to the recording as well as they can: their relative levels are kept. All are turned down together
+        where the loudest sample would exceed 1. Silence gives silence; the level of the recording does not matter
+        otherwise.
 
         Arguments
         ---------
-        path : str or Path
-            An audio file of any format that soundfile reads.
+        recording : str, Path, bytes or binary file object
+            Audio of any format that soundfile reads, and of any sample rate.
+        channel : int, optional
+            The channel to separate, from 1. None: the mean of all.
+        sample_rate : int or "file", optional
+            Of the voices, Hz; ``"file"``: that of the recording. None: that of the model.
+        num_blocks, exit_si_sdr_db : optional
+            See :meth:`separate_batch`. Early exit is decided for each window.
+        window_seconds : float
+            Length of the windows. A recording that is no longer is separated as a whole.
+        progress : callable, optional
+            Called after each window with the seconds that are done, and those of the recording.
 
         Returns
         -------
         torch.Tensor
-            The voices [T, N] at the model's sample rate, float32, on the CPU.
+            The voices [T, N], float32, on the CPU.
 
         Raises
         ------
         ValueError
-            If the file is missing, no audio, empty or not finite.
+            If the file is missing, no audio, damaged, empty or not finite, or an option cannot be. The
+            sentence names the file.
+
+        Example
+        -------
+        See :func:`save_estimates`; :meth:`separate_to_files` writes the files itself, whatever the length.
         """
-        mixture = _read_mono(path, self.sample_rate)  # [T]
-        rms = np.sqrt(np.mean(mixture**2))
-        # The network's normalisation fails on faint input, so it hears every recording at one level.
-        heard = torch.from_numpy(mixture * (_HEARD_RMS / rms if rms > 0 else 1.0)).float()  # [T]
-        estimates = self.separate_batch(heard[None])[0].cpu().numpy()  # [T, N]
-        estimates = estimates * _mixing_gains(estimates, mixture)  # [T, N], float64
-        peak = np.abs(estimates).max()
-        return torch.from_numpy((estimates / max(peak, 1.0)).astype(np.float32))
+        with Recording(recording) as source:
+            rate = _output_rate(sample_rate, source, self.sample_rate)
+            with self._separated(source, channel, num_blocks, exit_si_sdr_db, window_seconds, progress) as separated:
+                return torch.from_numpy(np.concatenate(list(separated.blocks(rate))))
+
+    def separate_to_files(
+        self,
+        recording,
+        folder,
+        stem=None,
+        channel=None,
+        sample_rate=None,
+        num_blocks=None,
+        exit_si_sdr_db=None,
+        window_seconds=16.0,
+        progress=None,
+    ):
+        """Separate a recording of any length into wav files; memory does not grow with it.
+
+        The files are replaced where they exist, and appear once all are whole. Until then the voices lie in a
+        temporary file in the folder, 4 bytes a sample.
+
+        Arguments
+        ---------
+        recording, channel, sample_rate, num_blocks, exit_si_sdr_db, window_seconds, progress
+            See :meth:`separate_file`.
+        folder : str or Path
+            Created where it is missing.
+        stem : str, optional
+            The files are ``<stem>_spk1.wav`` and so on. None: the recording's name without its ending.
+
+        Returns
+        -------
+        SeparatedRecording
+
+        Raises
+        ------
+        ValueError
+            As for :meth:`separate_file`; nothing is written then.
+        OSError
+            If the files cannot be written.
+        """
+        start = time.perf_counter()
+        with Recording(recording) as source:
+            rate = _output_rate(sample_rate, source, self.sample_rate)
+            stem = Path(source.name).stem if stem is None else stem
+            options = num_blocks, exit_si_sdr_db, window_seconds, progress
+            separating = self._separated(source, channel, *options, folder)
+            with separating as separated, VoiceFiles(folder, stem, self.num_spks, rate) as files:
+                for voices in separated.blocks(rate):
+                    files.write(voices)
+            elapsed = time.perf_counter() - start
+            return SeparatedRecording(files.paths, source.num_seconds, elapsed, separated.blocks_run)
+
+    def stream(
+        self,
+        chunks,
+        num_blocks=None,
+        exit_si_sdr_db=None,
+        window_seconds=4.0,
+        hop_seconds=0.5,
+        fade_seconds=0.1,
+    ):
+        """Separate audio while it arrives.
+
+        The latency is ``hop_seconds + fade_seconds``, always: when ``n`` samples have come, the voices of all but
+        the last ``latency`` samples have been given. Each hop, the last window is separated anew; so it takes
+        ``window_seconds / hop_seconds`` times the computing of a recording. The voices are followed, and the
+        gains are those with which they add up to the mixture so far; they are never turned down for loudness.
+
+        Arguments
+        ---------
+        chunks : iterable of torch.Tensor or np.ndarray
+            The mixture as it comes: [t], floating point, at the model's sample rate, of any lengths.
+        num_blocks, exit_si_sdr_db : optional
+            See :meth:`separate_batch`.
+        window_seconds : float
+            How much of the past the model hears.
+        hop_seconds : float
+            How often it is run.
+        fade_seconds : float
+            How long one run fades into the next.
+
+        Returns
+        -------
+        iterator of torch.Tensor
+            The voices as they are ready: [t, N], float32, on the CPU; together as long as the mixture.
+
+        Raises
+        ------
+        ValueError
+            If a chunk is not [t] or not finite, or an option cannot be.
+
+        Example
+        -------
+        >>> from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBTransformerBlock
+        >>> from dsd_modules.masknet import DualPathMaskNet
+        >>> intra, inter = (SBTransformerBlock(1, 8, 2, d_ffn=16) for _ in range(2))
+        >>> masknet = DualPathMaskNet(8, 8, intra, inter, num_layers=2, K=10)
+        >>> decoder = Decoder(8, 1, 16, stride=8, bias=False)
+        >>> modules = {"encoder": Encoder(16, 8), "masknet": masknet, "decoder": decoder}
+        >>> microphone = (0.1 * torch.randn(4000) for _ in range(3))
+        >>> [list(voices.shape) for voices in SepformerDSDSeparation(modules, 8000).stream(microphone)]
+        [[3200, 2], [4000, 2], [4800, 2]]
+        """
+        self._check_blocks(num_blocks, exit_si_sdr_db)
+        fade = self._num_samples("fade_seconds", fade_seconds)
+        hop = self._num_samples("hop_seconds", hop_seconds)
+        length = self._num_samples("window_seconds", window_seconds, hop + fade)
+        windows = Windows.of_stream(length, hop, fade, min(self._reminder, length // 4))
+        followed = FollowedVoices(self._window_separator(num_blocks, exit_si_sdr_db), self.num_spks, windows)
+        return self._stream(chunks, followed, hop + fade)
+
+    def _stream(self, chunks, followed, latency):
+        levels, gains = Levels(self.num_spks), None
+        waiting = np.zeros((0, self.num_spks), np.float32)
+        num_come = num_given = 0
+        for chunk in chunks:
+            samples = _checked_chunk(chunk, num_come / self.sample_rate)
+            num_come += len(samples)
+            for mixture, voices in followed.push(samples):
+                levels.add(mixture, voices)
+                last, gains = gains, levels.gains()
+                last = gains if last is None else last
+                ramp = np.linspace(0, 1, len(voices), endpoint=False)[:, None]  # from gains to gains without a step
+                waiting = np.concatenate([waiting, (voices * (last + ramp * (gains - last))).astype(np.float32)])
+            due = num_come - latency - num_given
+            if due > 0:
+                yield torch.from_numpy(waiting[:due])
+                waiting, num_given = waiting[due:], num_given + due
+        for mixture, voices in followed.finish() if num_come else ():
+            levels.add(mixture, voices)
+            gains = levels.gains() if gains is None else gains
+            waiting = np.concatenate([waiting, (voices * gains).astype(np.float32)])
+            yield torch.from_numpy(waiting)
+
+    def _check_blocks(self, num_blocks, exit_si_sdr_db):
+        if num_blocks is not None:
+            if type(num_blocks) is not int or not 1 <= num_blocks <= self.num_blocks:
+                raise ValueError(f"num_blocks can only be 1 to {self.num_blocks}, but got {num_blocks!r}.")
+            if exit_si_sdr_db is not None:
+                raise ValueError("num_blocks and exit_si_sdr_db both tell which blocks to run; give one of them.")
+        if exit_si_sdr_db is not None:
+            check_early_exit(exit_si_sdr_db, self.num_blocks)
+
+    def _run(self, mix, lengths, num_blocks, exit_si_sdr_db):
+        """Estimates [B, N, T] of mixtures [B, T], and the number of blocks that were run for each item."""
+        if exit_si_sdr_db is None:
+            num_blocks = num_blocks or self.num_blocks
+            estimates = separate(**self.mods, mixture=mix, lengths=lengths, blocks=[num_blocks - 1])[0]
+            return estimates, [num_blocks] * len(mix)
+        estimates, blocks_run = torch.zeros(len(mix), self.num_spks, mix.shape[1], device=self.device), []
+        for item, mixture in enumerate(mix):  # each leaves where it may
+            length = mix.shape[1] if lengths is None else int(lengths[item])
+            alone, num_run = separate_until(**self.mods, mixture=mixture[None, :length], exit_si_sdr_db=exit_si_sdr_db)
+            estimates[item, :, :length] = alone[0]
+            blocks_run.append(num_run)
+        return estimates, blocks_run
+
+    def _window_separator(self, num_blocks, exit_si_sdr_db, blocks_run=None):
+        """A function from a mixture [T] to estimates [T, N] of its level, float32 arrays, none turned over."""
+
+        @torch.no_grad()
+        def separate_window(mixture):
+            rms = np.sqrt(np.mean(np.square(mixture, dtype=np.float64)))
+            if rms == 0:
+                return np.zeros((len(mixture), self.num_spks), np.float32)
+            # The network's normalisation fails on faint input, so it hears every window at one level.
+            level = _HEARD_RMS / rms
+            heard = torch.from_numpy((mixture * level).astype(np.float32)).to(self.device)  # [T]
+            kernel = self.mods["encoder"].conv1d.kernel_size[0]
+            heard = torch.nn.functional.pad(heard[None], (0, max(0, kernel - len(mixture))))  # [1, max(T, kernel)]
+            estimates, num_run = self._run(heard, None, num_blocks, exit_si_sdr_db)
+            if blocks_run is not None:
+                blocks_run.extend(num_run)
+            estimates = estimates[0, :, : len(mixture)].T.cpu().numpy() / level  # [T, N]
+            # SI-SDR does not see the sign of an estimate: training may leave it turned over.
+            signs = np.where(mixture @ estimates < 0, -1, 1)
+            return (estimates * signs).astype(np.float32)
+
+        return separate_window
+
+    @property
+    def _reminder(self):
+        return round(_REMINDER_SECONDS * self.sample_rate)
+
+    def _num_samples(self, name, seconds, least=1):
+        """An option in seconds as a number of samples."""
+        is_number = isinstance(seconds, int | float) and math.isfinite(seconds)
+        if not is_number or round(seconds * self.sample_rate) < least:
+            raise ValueError(f"{name} can only be at least {least / self.sample_rate:g} s, but got {seconds!r}.")
+        return round(seconds * self.sample_rate)
+
+    @contextlib.contextmanager
+    def _separated(self, source, channel, num_blocks, exit_si_sdr_db, window_seconds, progress, folder=None):
+        """A recording's voices, in a temporary file of the folder."""
+        self._check_blocks(num_blocks, exit_si_sdr_db)
+        length = self._num_samples("window_seconds", window_seconds, self.sample_rate // 10)
+        overlap = min(round(_OVERLAP_SECONDS * self.sample_rate), length // 4)
+        windows = Windows.of_recording(length, overlap, min(self._reminder, length // 4))
+        blocks_run, levels, done = [], Levels(self.num_spks), 0
+        separate_window = self._window_separator(num_blocks, exit_si_sdr_db, blocks_run)
+        followed = FollowedVoices(separate_window, self.num_spks, windows)
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as spool:  # without a name: a kill leaves nothing
+            steps = (followed.push(block) for block in source.blocks(self.sample_rate, channel))
+            for mixture, voices in itertools.chain(itertools.chain.from_iterable(steps), followed.finish()):
+                levels.add(mixture, voices)
+                spool.write(voices.tobytes())
+                done += len(voices)
+                if progress is not None:
+                    progress(done / self.sample_rate, source.num_seconds)
+            yield _SeparatedVoices(spool, levels.gains(), source, self.sample_rate, blocks_run)
+
+
+class _SeparatedVoices:
+    """The voices of a recording as the network gave them, in a file [T, N], float32, and their gains [N]."""
+
+    def __init__(self, spool, gains, source, sample_rate, blocks_run):
+        self._spool, self._gains, self._source, self._sample_rate = spool, gains, source, sample_rate
+        self.blocks_run = float(np.mean(blocks_run)) if blocks_run else 0.0
+
+    def blocks(self, sample_rate):
+        """The voices [t, N] at a rate, at their levels; none exceeds 1."""
+        peak = max(np.abs(voices).max(initial=0.0) for voices in self._resampled(sample_rate))
+        for voices in self._resampled(sample_rate):
+            yield voices / np.float32(max(peak, 1.0))
+
+    def _resampled(self, sample_rate):
+        num_spks = len(self._gains)
+        resampler = Resampler(self._sample_rate, sample_rate, num_spks)
+        # At its own rate a recording gives as many samples as it has.
+        remaining = resampled_length(self._source.num_frames, self._source.sample_rate, sample_rate)
+        self._spool.seek(0)
+        while stretch := self._spool.read(4 * num_spks * _BLOCK_SAMPLES):
+            voices = np.frombuffer(stretch, np.float32).reshape(-1, num_spks) * self._gains  # [t, N]
+            voices = resampler.push(voices.astype(np.float32)).reshape(-1, num_spks)[:remaining]
+            remaining -= len(voices)
+            yield voices
+        yield resampler.finish().reshape(-1, num_spks)[:remaining]
+
+
+def _output_rate(sample_rate, source, model_rate):
+    if sample_rate is None:
+        return model_rate
+    if sample_rate == "file":
+        return source.sample_rate
+    if type(sample_rate) is not int or sample_rate < 1:
+        raise ValueError(f"sample_rate can only be a whole number of Hz or 'file', but got {sample_rate!r}.")
+    return sample_rate
+
+
+def _checked_chunk(chunk, seconds):
+    """A chunk of a stream as a float32 array [t]."""
+    chunk = chunk.detach().cpu() if isinstance(chunk, torch.Tensor) else chunk
+    samples = np.asarray(chunk)
+    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(
+            f"a chunk can only be floating-point samples of shape [t], but got {samples.dtype} {list(samples.shape)}."
+        )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"the chunk that begins at {seconds:.3f} s holds NaN or infinite samples.")
+    return samples.astype(np.float32)
 
 
 def save_estimates(estimates, sample_rate, folder, stem):
@@ -215,42 +544,6 @@ def save_estimates(estimates, sample_rate, folder, stem):
         raise ValueError(f"estimates must have shape [T, N], but got {list(estimates.shape)}.")
     if not estimates.isfinite().all():
         raise ValueError("estimates must be finite, but they hold NaN or infinite samples.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for spk, voice in enumerate(estimates.detach().cpu().numpy().T, 1):
-        paths.append(folder / f"{stem}_spk{spk}.wav")
-        with write_whole(paths[-1], "wb") as stream:
-            soundfile.write(stream, voice, sample_rate, format="WAV", subtype="PCM_16")
-    return paths
-
-
-def _read_mono(path, sample_rate):
-    """A recording as one channel [T] at a sample rate, float64."""
-    if not Path(path).is_file():
-        raise ValueError(f"The audio file {path} was not found.")
-    try:
-        samples, file_rate = soundfile.read(path, dtype="float32", always_2d=True)  # [T, channels]
-    except (OSError, RuntimeError, TypeError) as error:  # TypeError: headerless formats
-        raise ValueError(f"{path} cannot be read as audio: {error}") from None
-    if len(samples) == 0:
-        raise ValueError(f"{path} is empty: it has no samples.")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path} holds samples that are NaN or infinite.")
-    mixture = samples.mean(axis=1, dtype=np.float64)  # [T]
-    if file_rate != sample_rate:
-        divisor = math.gcd(file_rate, sample_rate)
-        mixture = scipy.signal.resample_poly(mixture, sample_rate // divisor, file_rate // divisor)  # [T']
-    return mixture
-
-
-def _mixing_gains(estimates, mixture):
-    """One gain per voice [N] with which the estimates [T, N] add up best to the mixture [T], in float64.
-
-    SI-SDR does not see the sign of an estimate: training may leave it turned. So a voice that goes against
-    the mixture is turned first; beyond that no gain is negative.
-    """
-    both = np.column_stack([estimates, mixture]).astype(np.float64)  # [T, N+1]
-    triangle = np.linalg.qr(both, mode="r")  # [min(T, N+1), N+1], with the same least-squares problem
-    signs = np.sign(triangle[:, :-1].T @ triangle[:, -1])  # [N]
-    return signs * scipy.optimize.nnls(triangle[:, :-1] * signs, triangle[:, -1])[0]
+    with VoiceFiles(folder, stem, estimates.shape[1], sample_rate) as files:
+        files.write(estimates.detach().cpu())
+    return files.paths

@@ -159,6 +159,41 @@ class DualPathMaskNet(Dual_Path_Model):
             Where a block does not exist, lengths do not fit the batch, or the norm does not allow lengths.
         """
         indices = block_indices([-1] if blocks is None else blocks, self.num_layers)
+        masks = dict(zip(sorted(set(indices)), self.block_masks(x, lengths, indices), strict=True))
+        if blocks is None:
+            return masks[indices[0]]
+        return torch.stack([masks[index] for index in indices])
+
+    def block_masks(self, x, lengths=None, blocks="all"):
+        """Masks of one block after the other, for those who decide on the way where to stop.
+
+        Arguments
+        ---------
+        x, lengths
+            As of :meth:`forward`.
+        blocks : sequence of int or "all"
+            The blocks whose masks are wanted, in any order.
+
+        Yields
+        ------
+        masks : torch.Tensor
+            [spks, B, N, F], in the order of the blocks, each block once. A block is run when its masks, or those of a
+            later block, are asked for.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`forward`, with the first masks.
+
+        Example
+        -------
+        >>> intra, inter = (SBTransformerBlock(1, 16, 2, d_ffn=32) for _ in range(2))
+        >>> masknet = DualPathMaskNet(8, 16, intra, inter, num_layers=3, K=10)
+        >>> masks = masknet.block_masks(torch.randn(4, 8, 95))
+        >>> next(masks).shape  # only the first block was run
+        torch.Size([2, 4, 8, 95])
+        """
+        indices = block_indices(blocks, self.num_layers)
         lengths = padded_lengths(lengths, x)
         frame_mask = chunk_mask = None
         if lengths is not None:
@@ -180,14 +215,10 @@ class DualPathMaskNet(Dual_Path_Model):
             chunk_mask = torch.arange(x.shape[3], device=x.device) < num_chunks[:, None]  # [B, S]
 
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        masks = {}
         for index, block in enumerate(self.dual_mdl[: max(indices) + 1]):
             x = block(x, chunk_mask, recompute)
             if index in indices:
-                masks[index] = self._output_head(x, gap, frame_mask)  # [spks, B, N, F]
-        if blocks is None:
-            return masks[indices[0]]
-        return torch.stack([masks[index] for index in indices])
+                yield self._output_head(x, gap, frame_mask)  # [spks, B, N, F]
 
     def _output_head(self, x, gap, frame_mask):
         """Masks [spks, B, N, F] from a block's output [B, N, K, S]."""

@@ -128,6 +128,40 @@ class ConvTasNetMaskNet(MaskNet):
             Where a repeat does not exist, or lengths do not fit the batch.
         """
         indices = block_indices([-1] if blocks is None else blocks, self.num_layers)
+        masks = dict(zip(sorted(set(indices)), self.block_masks(x, lengths, indices), strict=True))
+        if blocks is None:
+            return masks[indices[0]]
+        return torch.stack([masks[index] for index in indices])
+
+    def block_masks(self, x, lengths=None, blocks="all"):
+        """Masks of one repeat after the other, for those who decide on the way where to stop.
+
+        Arguments
+        ---------
+        x, lengths
+            As of :meth:`forward`.
+        blocks : sequence of int or "all"
+            The repeats whose masks are wanted, in any order.
+
+        Yields
+        ------
+        masks : torch.Tensor
+            [spks, B, N, F], in the order of the repeats, each repeat once. A repeat is run when its masks, or those of
+            a later one, are asked for.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`forward`, with the first masks.
+
+        Example
+        -------
+        >>> masknet = ConvTasNetMaskNet(N=8, B=6, H=12, P=3, X=4, R=3, C=2)
+        >>> masks = masknet.block_masks(torch.randn(4, 8, 95))
+        >>> next(masks).shape  # only the first repeat was run
+        torch.Size([2, 4, 8, 95])
+        """
+        indices = block_indices(blocks, self.num_layers)
         lengths = padded_lengths(lengths, x)
         frame_mask = None
         if lengths is not None:
@@ -136,16 +170,12 @@ class ConvTasNetMaskNet(MaskNet):
 
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         x = F.conv1d(_normalize(self.layer_norm, x), self.bottleneck_conv1x1.conv.weight)  # [B, B', F]
-        masks = {}
         for index in range(max(indices) + 1):
             for layer in range(self.X):
                 block = self.temporal_conv_net[f"temporalblock_{index}_{layer}"]
                 x = run_layer(_temporal_block, block.layers, x, lengths, frame_mask, recompute=recompute)
             if index in indices:
-                masks[index] = self._output_layer(x, frame_mask)  # [spks, B, N, F]
-        if blocks is None:
-            return masks[indices[0]]
-        return torch.stack([masks[index] for index in indices])
+                yield self._output_layer(x, frame_mask)  # [spks, B, N, F]
 
     def _output_layer(self, x, frame_mask):
         """Masks [spks, B, N, F] from a repeat's output [B, B', F]."""
