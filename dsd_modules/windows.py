@@ -179,23 +179,20 @@ class FollowedVoices:
 
     def _reminders(self, voices):
         """Those of the voices that are hardly heard in the overlap."""
+        _, loudness = _loudest(voices, self.windows.reminder)
         return [
-            self.reminders[spk]
-            for spk, energy in enumerate(np.square(voices).sum(0))
-            if self.reminders[spk] is not None and 2 * energy < np.square(self.reminders[spk][1][:, spk]).sum()
+            reminder
+            for spk, reminder in enumerate(self.reminders)
+            if reminder is not None and 2 * loudness[spk] < np.abs(reminder[1][:, spk]).mean()
         ]
 
     def _remember(self, window, voices):
         """Keep the stretch in which each voice is heard best, unless it was heard far better before."""
-        length = self.windows.reminder
-        if not 0 < length <= len(window):
-            return
-        sums = np.concatenate([np.zeros((1, self.num_spks)), np.square(voices, dtype=np.float64).cumsum(0)])
-        energies = sums[length:] - sums[:-length]  # [T - R + 1, N] of each stretch
-        for spk, begin in enumerate(energies.argmax(0)):
+        begins, loudness = _loudest(voices, self.windows.reminder)
+        for spk, begin in enumerate(begins):
             last = self.reminders[spk]
-            if last is None or 4 * energies[begin, spk] > np.square(last[1][:, spk]).sum():
-                stretch = slice(begin, begin + length)
+            if loudness[spk] > 0 and (last is None or 2 * loudness[spk] > np.abs(last[1][:, spk]).mean()):
+                stretch = slice(begin, begin + self.windows.reminder)
                 self.reminders[spk] = (window[stretch].copy(), voices[stretch].copy())
 
     def _give(self, end):
@@ -208,3 +205,15 @@ class FollowedVoices:
         self.mixture, self.voices = self.mixture[begin - self.begin :], self.voices[begin - self.begin :]
         self.begin = begin
         return finished
+
+
+def _loudest(voices, length):
+    """Where each voice's loudest stretch of a length begins [N], and how loud it is: its mean magnitude [N].
+
+    Magnitudes, not energies: a bang is short, and says little of a voice.
+    """
+    if not 0 < length <= len(voices):
+        return np.zeros(voices.shape[1], int), np.zeros(voices.shape[1])
+    sums = np.concatenate([np.zeros((1, voices.shape[1])), np.abs(voices).cumsum(0, dtype=np.float64)])
+    means = (sums[length:] - sums[:-length]) / length  # [T - length + 1, N]
+    return means.argmax(0), means.max(0)

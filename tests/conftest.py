@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 # Scripts that tests start.
-collect_ignore = ["killed_run.py", "ranks_run.py"]
+collect_ignore = ["killed_run.py", "ranks_run.py", "separate_run.py"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "recipes" / "LibriMix" / "separation"
