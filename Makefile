@@ -1,5 +1,7 @@
 # make demo    set up, then generate data, train, evaluate, export and separate (at most 12 minutes on two cores)
 # make test    set up, then run the tests
+# make web     set up, then start a page on this machine to try a model on (MODEL=folder PORT=7860)
+# make test-web  set up, then run that page's tests, in a headless Chromium where there is one
 # make lint    set up, then look at format, style and spelling
 # make clean   remove what demo and tests made (the virtual environment and the data stay)
 
@@ -18,7 +20,7 @@ DEMO_OVERRIDES := \
 	--num_intra_layers 1 --num_inter_layers 1 --num_heads 2 --d_ffn 128 \
 	--num_workers 0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test web test-web lint clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -40,6 +42,20 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+web: .venv/web
+	$(BIN)/python -m dsd_modules.web $(if $(MODEL),--model $(MODEL)) $(if $(PORT),--port $(PORT))
+
+test-web: .venv/web-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_web.py
+
+.venv/web: .venv/ready requirements-web.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-web.txt
+	@touch $@
+
+.venv/web-test: .venv/web requirements-web-test.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-web-test.txt
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,615 @@
+"""A page to try a trained model on: ``make web``, or ``python -m dsd_modules.web`` where gradio is installed.
+
+It is served to this machine alone (127.0.0.1), asks nothing of any other, and keeps no recording: what is given
+and what comes out lie in temporary folders, which end with the page.
+"""
+
+import argparse
+import base64
+import html
+import importlib.util
+import io
+import math
+import os
+import signal
+import tempfile
+import threading
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from scipy.signal.windows import hann
+
+from dsd_modules.errors import RunError, ends_in_one_sentence, mistakes_as_run_errors
+from dsd_modules.inference import SepformerDSDSeparation
+from dsd_modules.recordings import Recording
+from dsd_modules.report import BLUE
+from dsd_modules.separate import CHECKOUT, find_model
+
+EXAMPLES = {
+    "Two speakers": Path(__file__).parent / "examples" / "two_speakers.flac",
+    "Two speakers and noise": Path(__file__).parent / "examples" / "two_speakers_noise.flac",
+}
+_WINDOW_SECONDS = 0.032
+_MAX_COLUMNS = 1200  # of a picture, whatever the recording's length
+_DYNAMIC_RANGE_DB = 70
+_GREY = "#767b86"  # text that can be read on white and on the dark page
+_KEPT_SECONDS = 24 * 3600  # files of a page that stays open
+_CALLS_AT_ONCE = 2  # so that a short recording need not wait for a long one
+
+
+@dataclass
+class Overview:
+    """A recording of any length in at most some number of columns, from left to right.
+
+    Arguments
+    ---------
+    low, high : np.ndarray
+        The smallest and the largest sample of each column [C].
+    power : np.ndarray
+        Mean power spectrum of each column [F, C], from 0 Hz to half the sample rate.
+    num_seconds : float
+        Length of the recording.
+    sample_rate : int
+        Hz.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    power: np.ndarray
+    num_seconds: float
+    sample_rate: int
+
+
+def summarize(blocks, num_samples, sample_rate, max_columns=_MAX_COLUMNS):
+    """Gather the waveform and the spectrogram of a recording as it is read, in memory that does not grow with it.
+
+    Arguments
+    ---------
+    blocks : iterable of np.ndarray
+        The samples [t] in pieces of any lengths.
+    num_samples : int
+        Of all pieces together, at least 1.
+    sample_rate : int
+        Hz.
+    max_columns : int
+        Neighbouring frames (windows of 32 ms, every 8 ms) are averaged until there are no more than these.
+
+    Returns
+    -------
+    Overview
+
+    Example
+    -------
+    >>> tone = np.sin(2 * np.pi * 1000 * np.arange(16000) / 8000)
+    >>> overview = summarize(np.array_split(tone, 7), 16000, 8000)
+    >>> overview.power.shape, overview.power.argmax(0)[100] * 4000 / 128
+    ((129, 250), np.float64(1000.0))
+    """
+    window = hann(round(_WINDOW_SECONDS * sample_rate), sym=False).astype(np.float32)
+    hop = max(1, len(window) // 4)
+    overlap = len(window) - hop
+    num_frames = math.ceil(num_samples / hop)
+    frames_per_column = math.ceil(num_frames / max_columns)
+    num_columns = math.ceil(num_frames / frames_per_column)
+    span = frames_per_column * hop  # samples of a column
+    before = overlap // 2  # zeros, so that each frame's middle lies in the samples it stands for
+    columns = []
+    waiting = np.zeros(before, np.float32)
+    for block in chain(blocks, [np.zeros(num_columns * span + overlap - before - num_samples, np.float32)]):
+        waiting = np.concatenate([waiting, block])
+        num_whole = (len(waiting) - overlap) // span
+        if num_whole <= 0:
+            continue
+        heard = waiting[: num_whole * span + overlap]
+        waveform = heard[before:][: num_whole * span].reshape(num_whole, span)
+        frames = np.lib.stride_tricks.sliding_window_view(heard, len(window))[::hop]  # [columns * frames, window]
+        power = np.abs(np.fft.rfft(frames * window)) ** 2  # [columns * frames, F]
+        power = power.reshape(num_whole, frames_per_column, -1).mean(1)  # [columns, F]
+        columns.append((waveform.min(1), waveform.max(1), power))
+        waiting = waiting[num_whole * span :]
+    low, high, power = (np.concatenate(part) for part in zip(*columns, strict=True))
+    return Overview(low, high, power.T, num_samples / sample_rate, sample_rate)
+
+
+def clock(seconds, _position=None):
+    """Seconds as a clock shows them, for the ticks of a long recording.
+
+    Example
+    -------
+    >>> clock(75), clock(3600)
+    ('1:15', '1:00:00')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def draw_overview(overview, peak, loudest, width=800):
+    """Draw a waveform and, below it, its spectrogram.
+
+    Arguments
+    ---------
+    overview : Overview
+    peak : float
+        Where the axis of amplitudes ends. Pictures to be compared have one ``peak`` and one ``loudest``.
+    loudest : float
+        The power that counts as 0 dB.
+    width : int
+        In the page's pixels: what is drawn for a narrow page has labels as large as on a wide one.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Twice as many pixels, for screens that have them.
+
+    Example
+    -------
+    >>> overview = summarize([np.ones(800, np.float32)], 800, 8000)
+    >>> [axes.get_ylabel() for axes in draw_overview(overview, 1, 1).axes][:2]
+    ['amplitude', 'kHz']
+    """
+    height, left, right, top, bottom = 250, 58, 62 if width >= 480 else 10, 8, 40
+    figure = Figure(figsize=(width / 100, height / 100), dpi=200)
+    figure.patch.set_alpha(0)
+    waveform, spectrogram = figure.subplots(
+        2,
+        sharex=True,
+        height_ratios=(2, 3),
+        gridspec_kw={
+            "left": left / width,
+            "right": 1 - right / width,
+            "top": 1 - top / height,
+            "bottom": bottom / height,
+            "hspace": 0.12,
+        },
+    )
+    num_columns = len(overview.low)
+    middles = (np.arange(num_columns) + 0.5) * overview.num_seconds / num_columns
+    waveform.fill_between(middles, overview.low, overview.high, color=BLUE, linewidth=0.6)
+    waveform.set(ylabel="amplitude", ylim=(-peak, peak), xlim=(0, overview.num_seconds))
+    waveform.yaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10], symmetric=True))
+    level_db = 10 * np.log10(np.maximum(overview.power / loudest, 1e-12))
+    image = spectrogram.imshow(
+        level_db,
+        origin="lower",
+        aspect="auto",
+        extent=(0, overview.num_seconds, 0, overview.sample_rate / 2000),
+        cmap="magma",
+        vmin=-_DYNAMIC_RANGE_DB,
+        vmax=0,
+    )
+    is_long = overview.num_seconds >= 120
+    spectrogram.set(ylabel="kHz", xlabel="time" if is_long else "time (s)")
+    spectrogram.xaxis.set_major_locator(
+        MaxNLocator(max(3, width // 90), steps=[1, 3, 6, 10] if is_long else [1, 2, 5, 10])
+    )
+    if is_long:
+        spectrogram.xaxis.set_major_formatter(FuncFormatter(clock))
+    every = [waveform, spectrogram]
+    if right > 10:
+        box = spectrogram.get_position()
+        scale = figure.add_axes([1 - (right - 10) / width, box.y0, 10 / width, box.height])
+        figure.colorbar(image, cax=scale)
+        scale.set_title("dB", color=_GREY, size=8.5)
+        every.append(scale)
+    for axes in every:
+        axes.set_facecolor("none")
+        axes.tick_params(labelsize=8, colors=_GREY, length=3)
+        axes.xaxis.label.set(color=_GREY, size=8.5)
+        axes.yaxis.label.set(color=_GREY, size=8.5)
+        axes.spines[:].set(color=_GREY, linewidth=0.6)
+    waveform.spines[["top", "right", "bottom"]].set_visible(False)
+    waveform.tick_params(bottom=False)
+    figure.align_ylabels(every[:2])
+    return figure
+
+
+def as_html(figure, description):
+    """A figure as an image that carries its data within it.
+
+    Example
+    -------
+    >>> as_html(Figure(), "Spectrogram of <voice 1>")[:61]
+    '<img alt="Spectrogram of &lt;voice 1&gt;" src="data:image/png'
+    """
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def draw_recordings(recordings, num_samples, sample_rate, width):
+    """Draw recordings, all with the same scales, so that their levels can be compared.
+
+    Arguments
+    ---------
+    recordings : dict
+        From what a recording is called to its path.
+    num_samples, sample_rate : int
+        Their length at the sample rate (Hz) at which they are drawn.
+    width : int
+        See :func:`draw_overview`.
+
+    Returns
+    -------
+    list of str
+        An HTML image of each.
+
+    Raises
+    ------
+    ValueError
+        If a recording cannot be read.
+    """
+    overviews = {}
+    for name, path in recordings.items():
+        with Recording(path) as recording:
+            overviews[name] = summarize(recording.blocks(sample_rate), num_samples, sample_rate)
+    peak = max(max(overview.high.max(), -overview.low.min()) for overview in overviews.values())
+    loudest = max(overview.power.max() for overview in overviews.values())
+    return [
+        as_html(
+            draw_overview(overview, peak * 1.05 or 1.0, max(loudest, 1e-12), width),
+            f"{name}: waveform and spectrogram, {overview.num_seconds:.1f} s",
+        )
+        for name, overview in overviews.items()
+    ]
+
+
+def describe(separator, separated):
+    """The figures of a separation, as HTML.
+
+    Arguments
+    ---------
+    separator : SepformerDSDSeparation
+    separated : SeparatedRecording
+
+    Returns
+    -------
+    str
+    """
+    factor = separated.real_time_factor
+    figures = {
+        "Recording": _duration(separated.num_seconds),
+        "Time taken": _duration(separated.elapsed_seconds),
+        "Real-time factor": f"{factor:#.2g}" if factor < 10 else f"{factor:.0f}",
+        "Blocks": f"{separated.blocks_run:.3g} of {separator.num_blocks}",
+    }
+    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()) + "</dl>"
+
+
+def _duration(seconds):
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s" if seconds < 120 else clock(seconds)
+
+
+def say_fault(error, path):
+    """What was wrong with a recording, as HTML: the sentence of the error, with the file's name for its path.
+
+    Example
+    -------
+    >>> say_fault(ValueError("/tmp/1/a<b>.wav is empty: it has no samples."), "/tmp/1/a<b>.wav")
+    '<p role="alert">a&lt;b&gt;.wav is empty: it has no samples.</p>'
+    """
+    sentence = str(error)
+    if isinstance(error, OSError):
+        sentence = f"{error.filename or path}: {error.strerror or error}"
+    elif not isinstance(error, ValueError):
+        sentence = f"{path}: {type(error).__name__}: {sentence}"
+    return f'<p role="alert">{html.escape(sentence.replace(str(path), Path(path).name))}</p>'
+
+
+class _Stopped(Exception):
+    """The visitor stopped the separation, or left."""
+
+
+_CSS = """
+.gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container .html-container { padding: 0 !important; }
+#title { padding-bottom: 8px; }
+#title h1 { font-size: 30px; margin: 0; }
+#title p { margin: 4px 0 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+#title p.lead { font-size: 18px; color: var(--body-text-color); }
+#message p { margin: 0; padding: 12px 16px; border-radius: 8px; border: 1px dashed var(--border-color-primary);
+    color: var(--body-text-color-subdued); }
+#message p[role=alert] { border: 1px solid #d55e00; border-left-width: 6px; color: var(--body-text-color);
+    overflow-wrap: anywhere; }
+#message dl { display: flex; flex-wrap: wrap; gap: 4px 40px; margin: 0; }
+#message dt { font-size: 13px; color: var(--body-text-color-subdued); }
+#message dd { font-size: 20px; margin: 0; font-variant-numeric: tabular-nums; }
+.voice { gap: 0 !important; padding: 8px 12px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+.voice h2 { font-size: 17px; margin: 0; }
+.voice .row { display: grid; grid-template-columns: 80px 1fr 110px; align-items: center; gap: 0 12px; }
+.voice .row > * { min-width: 0 !important; }
+.dark audio { color-scheme: dark; }
+@media (max-width: 640px) {
+    .voice .row { grid-template-columns: 1fr 110px; }
+    .voice .row > :nth-child(2) { grid-area: 2 / 1 / 3 / 3; }
+}
+.voice .icon-button-wrapper { display: none; }
+.voice img { width: 100%; height: auto; display: block; }
+"""
+
+
+def build_page(separator, model_name):
+    """The page, not yet served.
+
+    Arguments
+    ---------
+    separator : SepformerDSDSeparation
+    model_name : str
+        What the page calls the model.
+
+    Returns
+    -------
+    gradio.Blocks
+    """
+    import gradio
+
+    names = ["Mixture", *(f"Voice {spk}" for spk in range(1, separator.num_spks + 1))]
+    stops = {}  # from a visitor's session to the event that ends its separation
+
+    def stop(request: gradio.Request):
+        if is_stopped := stops.pop(request.session_hash, None):
+            is_stopped.set()
+
+    def clear(request: gradio.Request):
+        stop(request)
+        return {message: _INVITATION, results: gradio.update(visible=False)}
+
+    def separate(
+        path,
+        num_blocks,
+        stops_early,
+        exit_si_sdr_db,
+        width,
+        request: gradio.Request,
+        progress=gradio.Progress(),  # noqa: B008
+    ):
+        if path is None:
+            yield {message: '<p role="alert">There is no recording yet: drop one, record one, or take an example.</p>'}
+            return
+        is_stopped = stops[request.session_hash] = threading.Event()
+
+        def report(done_seconds, total_seconds):
+            if is_stopped.is_set():
+                raise _Stopped
+            total_seconds = max(total_seconds, done_seconds)  # a header may promise too little
+            progress(done_seconds / (total_seconds or 1), desc=f"{clock(done_seconds)} of {clock(total_seconds)}")
+
+        yield {
+            message: "<p>&nbsp;</p>",  # the progress bar lies over it
+            results: gradio.update(visible=False),
+            start_button: gradio.update(visible=False),
+            stop_button: gradio.update(visible=True),
+        }
+        shown = {start_button: gradio.update(visible=True), stop_button: gradio.update(visible=False)}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                separated = separator.separate_to_files(
+                    path,
+                    folder,
+                    stem=Path(path).stem,
+                    num_blocks=None if stops_early else num_blocks,
+                    exit_si_sdr_db=exit_si_sdr_db if stops_early else None,
+                    progress=report,
+                )
+                progress(1.0, desc="drawing")
+                num_samples = soundfile.info(separated.paths[0]).frames
+                paths = [path, *separated.paths]
+                recordings = dict(zip(names, paths, strict=True))
+                drawn = draw_recordings(recordings, num_samples, separator.sample_rate, min(max(240, width), 1200))
+                if is_stopped.is_set():
+                    raise _Stopped
+            except _Stopped:
+                shown[message] = "<p>Stopped.</p>"
+            except Exception as error:  # the page goes on, and its buttons must come back
+                if not isinstance(error, ValueError | OSError):  # out of memory, or a bug
+                    traceback.print_exc()
+                shown[message] = say_fault(error, path)
+            else:
+                shown |= {message: describe(separator, separated), results: gradio.update(visible=True)}
+                shown |= dict(zip(pictures, drawn, strict=True))
+                shown |= dict(zip([*players, *downloads], map(str, [*paths, *separated.paths]), strict=True))
+            yield shown  # gradio has copied the files when it goes on from here
+
+    with gradio.Blocks(title="Speech separation", analytics_enabled=False, delete_cache=(3600, _KEPT_SECONDS)) as page:
+        gradio.HTML(_title(separator, model_name), elem_id="title")
+        with gradio.Row(equal_height=False):
+            with gradio.Column(scale=2, min_width=320):
+                recording = gradio.Audio(
+                    label="Mixture",
+                    sources=["upload", "microphone"],
+                    type="filepath",
+                    editable=False,
+                    buttons=[],
+                    waveform_options={"show_recording_waveform": False},
+                )
+                gradio.Examples(
+                    [[str(path)] for path in EXAMPLES.values()],
+                    [recording],
+                    example_labels=list(EXAMPLES),
+                    label="Or take an example",
+                    cache_examples=False,
+                )
+                blocks = gradio.Slider(
+                    1,
+                    max(2, separator.num_blocks),
+                    value=separator.num_blocks,
+                    step=1,
+                    label="Blocks",
+                    info="Fewer: quicker, but less well separated.",
+                    visible=separator.num_blocks > 1,
+                )
+                stops_early = gradio.Checkbox(
+                    label="Stop where a block agrees with the one before", visible=separator.num_blocks >= 3
+                )
+                agreement = gradio.Slider(
+                    0,
+                    80,
+                    value=30,
+                    step=1,
+                    label="Agreement (dB)",
+                    info="SI-SDR. Lower: quicker, but less well separated.",
+                    visible=False,
+                )
+                start_button = gradio.Button("Separate", variant="primary", size="lg")
+                stop_button = gradio.Button("Stop", variant="stop", size="lg", visible=False)
+            with gradio.Column(scale=5, min_width=560, elem_id="results"):
+                message = gradio.HTML(_INVITATION, elem_id="message")
+                with gradio.Column(visible=False) as results:
+                    pictures, players, downloads = [], [], []
+                    for name in names:
+                        with gradio.Column(elem_classes="voice"):
+                            with gradio.Row(elem_classes="row"):
+                                gradio.HTML(f"<h2>{name}</h2>")
+                                player = gradio.Audio(
+                                    type="filepath",
+                                    interactive=False,
+                                    container=False,
+                                    show_label=False,
+                                    buttons=[],
+                                    waveform_options={"show_recording_waveform": False},
+                                )
+                                players.append(player)
+                                if name != "Mixture":
+                                    downloads.append(gradio.DownloadButton("Download", size="sm"))
+                            pictures.append(gradio.HTML())
+        width = gradio.Number(800, visible=False)
+        stops_early.change(
+            lambda is_on: (gradio.update(visible=not is_on), gradio.update(visible=is_on)),
+            stops_early,
+            [blocks, agreement],
+            show_progress="hidden",
+        )
+        recording.change(clear, None, [message, results], show_progress="hidden")
+        start_button.click(
+            separate,
+            [recording, blocks, stops_early, agreement, width],
+            [message, results, start_button, stop_button, *pictures, *players, *downloads],
+            js=_MEASURE_WIDTH,
+            show_progress_on=message,
+            concurrency_limit=_CALLS_AT_ONCE,
+        )
+        stop_button.click(stop, queue=False)
+        page.unload(stop)
+    return page
+
+
+_INVITATION = "<p>The voices will appear here.</p>"
+_MEASURE_WIDTH = """(...inputs) => {
+    inputs[inputs.length - 1] = document.querySelector("#results").clientWidth - 26;
+    return inputs;
+}"""
+
+
+def _theme():
+    import gradio
+
+    # Weights of which gradio ships the whole alphabet; what it fetched from elsewhere would be missing offline.
+    sans = (gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
+    return gradio.themes.Default(
+        primary_hue="blue", neutral_hue="slate", font=sans, font_mono=("ui-monospace", "monospace")
+    ).set(
+        button_primary_background_fill=BLUE,
+        button_primary_background_fill_dark=BLUE,
+        button_primary_background_fill_hover="#005A8E",
+        button_primary_background_fill_hover_dark="#005A8E",
+        slider_color=BLUE,
+        slider_color_dark=BLUE,
+        loader_color=BLUE,
+        loader_color_dark=BLUE,
+        checkbox_background_color_selected=BLUE,
+        checkbox_background_color_selected_dark=BLUE,
+    )
+
+
+def _title(separator, model_name):
+    facts = [f"Model {model_name}", f"{separator.num_spks} voices", f"{separator.sample_rate / 1000:g} kHz"]
+    return (
+        "<h1>Speech separation</h1>"
+        '<p class="lead">A recording of people who talk at the same time goes in; one recording for each voice comes '
+        f"out.</p><p>{html.escape(' · '.join(facts))} · everything stays on this machine</p>"
+    )
+
+
+@ends_in_one_sentence
+def main(arguments=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m dsd_modules.web", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="of a model or a training run, or name on the hub (default: this checkout's newest)",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="where the page is served (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    settings = parser.parse_args(arguments)
+    if not 0 < settings.port < 2**16:
+        parser.error(f"argument --port: can only be 1 to 65535, but got {settings.port}")
+    if importlib.util.find_spec("gradio") is None:
+        raise RunError("the page needs gradio, which `make web` installs and starts it with.")
+    source = find_model(settings.model)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with suppress(KeyboardInterrupt):
+        with mistakes_as_run_errors():
+            separator = SepformerDSDSeparation.from_hparams(source, run_opts={"device": device})
+        with tempfile.TemporaryDirectory(prefix="dsd_page_") as folder:
+            serve(separator, source.removeprefix(f"{CHECKOUT}/"), settings.port, folder)
+
+
+def serve(separator, model_name, port, folder):
+    """Serve the page until KeyboardInterrupt, which SIGTERM raises as Ctrl+C does.
+
+    Arguments
+    ---------
+    separator : SepformerDSDSeparation
+    model_name : str
+        What the page calls the model.
+    port : int
+    folder : str
+        For all temporary files of this process, which are left to the caller.
+
+    Raises
+    ------
+    RunError
+        If the port cannot be had.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    tempfile.tempdir = folder
+    # Before gradio is imported, which reads this. The last one: it asks itself whether it is there.
+    os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder) / "gradio"), "GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+    page = build_page(separator, model_name)
+    try:
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+            css=_CSS,
+            theme=_theme(),
+        )
+    except OSError:
+        raise RunError(f"port {port} is in use or not allowed; give another one with --port.") from None
+    print(f"The page is at http://127.0.0.1:{port} (Ctrl+C ends it).", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+if __name__ == "__main__":
+    main()
