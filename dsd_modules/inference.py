@@ -13,14 +13,16 @@ import torch
 
 from dsd_modules.levels import Levels
 from dsd_modules.model_folder import read_model
-from dsd_modules.recordings import Recording, Resampler, VoiceFiles, resampled_length
+from dsd_modules.recordings import Recording, Resampler, resampled_length
 from dsd_modules.separator import check_early_exit, separate, separate_until
+from dsd_modules.voice_files import VoiceFiles
 from dsd_modules.windows import FollowedVoices, Windows
 
 _HEARD_RMS = 0.05  # about that of LibriMix's mixtures
-_OVERLAP_SECONDS = 2.0  # of windows, or a quarter of them
+_OVERLAP_SECONDS = 2.0  # of windows; at most a quarter of their length
 _REMINDER_SECONDS = 1.0
-_BLOCK_SAMPLES = 2**16  # that are read again at a time
+_WINDOW_SECONDS = 16.0
+_SPOOL_SAMPLES = 2**16  # that are read again at a time
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,7 @@ class SepformerDSDSeparation:
         if not mix.isfinite().all():
             raise ValueError("mix must be finite, but it holds NaN or infinite samples.")
 
-        kernel = self.mods["encoder"].conv1d.kernel_size[0]
-        mix = torch.nn.functional.pad(mix, (0, max(0, kernel - num_samples)))  # [B, max(T, kernel)]
-        whole = None if lengths is None else lengths.clamp(min=kernel)
-        estimates, _ = self._run(mix, whole, num_blocks, exit_si_sdr_db)
-        estimates = estimates[:, :, :num_samples]  # [B, N, T]
+        estimates, _ = self._run(mix, lengths, num_blocks, exit_si_sdr_db)  # [B, N, T]
         if lengths is not None:
             estimates = estimates.masked_fill(is_padding[:, None], 0)
         return estimates.transpose(1, 2)  # [B, T, N]
@@ -203,7 +201,7 @@ class SepformerDSDSeparation:
         sample_rate=None,
         num_blocks=None,
         exit_si_sdr_db=None,
-        window_seconds=16.0,
+        window_seconds=_WINDOW_SECONDS,
         progress=None,
     ):
         """Separate a recording of any length.
@@ -239,10 +237,6 @@ class SepformerDSDSeparation:
         ValueError
             If the file is missing, no audio, damaged, empty or not finite, or an option cannot be. The
             sentence names the file.
-
-        Example
-        -------
-        See :func:`save_estimates`; :meth:`separate_to_files` writes the files itself, whatever the length.
         """
         with Recording(recording) as source:
             rate = _output_rate(sample_rate, source, self.sample_rate)
@@ -258,13 +252,13 @@ class SepformerDSDSeparation:
         sample_rate=None,
         num_blocks=None,
         exit_si_sdr_db=None,
-        window_seconds=16.0,
+        window_seconds=_WINDOW_SECONDS,
         progress=None,
     ):
         """Separate a recording of any length into wav files; memory does not grow with it.
 
         The files are replaced where they exist, and appear once all are whole. Until then the voices lie in a
-        temporary file in the folder, 4 bytes a sample.
+        temporary file in the folder, 4 bytes a sample and voice.
 
         Arguments
         ---------
@@ -282,7 +276,7 @@ class SepformerDSDSeparation:
         Raises
         ------
         ValueError
-            As for :meth:`separate_file`; nothing is written then.
+            As for :meth:`separate_file`, or the stem is no name; no file is written then.
         OSError
             If the files cannot be written.
         """
@@ -290,8 +284,11 @@ class SepformerDSDSeparation:
         with Recording(recording) as source:
             rate = _output_rate(sample_rate, source, self.sample_rate)
             stem = Path(source.name).stem if stem is None else stem
-            options = num_blocks, exit_si_sdr_db, window_seconds, progress
-            separating = self._separated(source, channel, *options, folder)
+            if Path(stem).name != stem:
+                raise ValueError(f"stem can only be the beginning of a file's name, but got {stem!r}.")
+            separating = self._separated(
+                source, channel, num_blocks, exit_si_sdr_db, window_seconds, progress, folder=folder
+            )
             with separating as separated, VoiceFiles(folder, stem, self.num_spks, rate) as files:
                 for voices in separated.blocks(rate):
                     files.write(voices)
@@ -310,8 +307,9 @@ class SepformerDSDSeparation:
         """Separate audio while it arrives.
 
         The latency is ``hop_seconds + fade_seconds``, always: when ``n`` samples have come, the voices of all but
-        the last ``latency`` samples have been given. Each hop, the last window is separated anew; so it takes
-        ``window_seconds / hop_seconds`` times the computing of a recording. The voices are followed, and the
+        the last ``latency`` samples have been given. Each hop, the last window is separated anew, with a second more
+        for each voice that pauses; so it takes ``window_seconds / hop_seconds`` times the computing of a recording, and
+        more. The voices are followed, and the
         gains are those with which they add up to the mixture so far; they are never turned down for loudness.
 
         Arguments
@@ -358,16 +356,15 @@ class SepformerDSDSeparation:
         return self._stream(chunks, followed, hop + fade)
 
     def _stream(self, chunks, followed, latency):
-        levels, gains = Levels(self.num_spks), None
-        waiting = np.zeros((0, self.num_spks), np.float32)
+        levels, gains = Levels(self.num_spks), np.zeros(self.num_spks)
+        waiting = np.zeros((0, self.num_spks), np.float32)  # [t, N], until they are due
         num_come = num_given = 0
-        for chunk in chunks:
-            samples = _checked_chunk(chunk, num_come / self.sample_rate)
+        for samples in _pieces(chunks, self.sample_rate, followed.windows.hop):
             num_come += len(samples)
             for mixture, voices in followed.push(samples):
                 levels.add(mixture, voices)
                 last, gains = gains, levels.gains()
-                last = gains if last is None else last
+                last = np.where(last == 0, gains, last)  # a voice that was silent begins at its level
                 ramp = np.linspace(0, 1, len(voices), endpoint=False)[:, None]  # from gains to gains without a step
                 waiting = np.concatenate([waiting, (voices * (last + ramp * (gains - last))).astype(np.float32)])
             due = num_come - latency - num_given
@@ -376,9 +373,8 @@ class SepformerDSDSeparation:
                 waiting, num_given = waiting[due:], num_given + due
         for mixture, voices in followed.finish() if num_come else ():
             levels.add(mixture, voices)
-            gains = levels.gains() if gains is None else gains
-            waiting = np.concatenate([waiting, (voices * gains).astype(np.float32)])
-            yield torch.from_numpy(waiting)
+            gains = np.where(gains == 0, levels.gains(), gains)
+            yield torch.from_numpy(np.concatenate([waiting, (voices * gains).astype(np.float32)]))
 
     def _check_blocks(self, num_blocks, exit_si_sdr_db):
         if num_blocks is not None:
@@ -391,20 +387,23 @@ class SepformerDSDSeparation:
 
     def _run(self, mix, lengths, num_blocks, exit_si_sdr_db):
         """Estimates [B, N, T] of mixtures [B, T], and the number of blocks that were run for each item."""
+        num_samples, kernel = mix.shape[1], self.mods["encoder"].conv1d.kernel_size[0]
+        mix = torch.nn.functional.pad(mix, (0, max(0, kernel - num_samples)))  # [B, max(T, kernel)]
+        lengths = None if lengths is None else lengths.clamp(min=kernel)
         if exit_si_sdr_db is None:
             num_blocks = num_blocks or self.num_blocks
             estimates = separate(**self.mods, mixture=mix, lengths=lengths, blocks=[num_blocks - 1])[0]
-            return estimates, [num_blocks] * len(mix)
+            return estimates[:, :, :num_samples], [num_blocks] * len(mix)
         estimates, blocks_run = torch.zeros(len(mix), self.num_spks, mix.shape[1], device=self.device), []
         for item, mixture in enumerate(mix):  # each leaves where it may
             length = mix.shape[1] if lengths is None else int(lengths[item])
             alone, num_run = separate_until(**self.mods, mixture=mixture[None, :length], exit_si_sdr_db=exit_si_sdr_db)
             estimates[item, :, :length] = alone[0]
             blocks_run.append(num_run)
-        return estimates, blocks_run
+        return estimates[:, :, :num_samples], blocks_run
 
     def _window_separator(self, num_blocks, exit_si_sdr_db, blocks_run=None):
-        """A function from a mixture [T] to estimates [T, N] of its level, float32 arrays, none turned over."""
+        """A function from a mixture [T] to estimates [T, N] of its level, float32 arrays."""
 
         @torch.no_grad()
         def separate_window(mixture):
@@ -414,15 +413,12 @@ class SepformerDSDSeparation:
             # The network's normalisation fails on faint input, so it hears every window at one level.
             level = _HEARD_RMS / rms
             heard = torch.from_numpy((mixture * level).astype(np.float32)).to(self.device)  # [T]
-            kernel = self.mods["encoder"].conv1d.kernel_size[0]
-            heard = torch.nn.functional.pad(heard[None], (0, max(0, kernel - len(mixture))))  # [1, max(T, kernel)]
-            estimates, num_run = self._run(heard, None, num_blocks, exit_si_sdr_db)
+            estimates, num_run = self._run(heard[None], None, num_blocks, exit_si_sdr_db)  # [1, N, T]
             if blocks_run is not None:
                 blocks_run.extend(num_run)
-            estimates = estimates[0, :, : len(mixture)].T.cpu().numpy() / level  # [T, N]
-            # SI-SDR does not see the sign of an estimate: training may leave it turned over.
-            signs = np.where(mixture @ estimates < 0, -1, 1)
-            return (estimates * signs).astype(np.float32)
+            if not estimates.isfinite().all():
+                raise ValueError("The model's estimates are NaN or infinite: its weights may be damaged.")
+            return (estimates[0].T.cpu().numpy() / level).astype(np.float32)  # [T, N]
 
         return separate_window
 
@@ -434,7 +430,7 @@ class SepformerDSDSeparation:
         """An option in seconds as a number of samples."""
         is_number = isinstance(seconds, int | float) and math.isfinite(seconds)
         if not is_number or round(seconds * self.sample_rate) < least:
-            raise ValueError(f"{name} can only be at least {least / self.sample_rate:g} s, but got {seconds!r}.")
+            raise ValueError(f"{name} can only be a number from {least / self.sample_rate:g} on, but got {seconds!r}.")
         return round(seconds * self.sample_rate)
 
     @contextlib.contextmanager
@@ -450,13 +446,14 @@ class SepformerDSDSeparation:
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as spool:  # without a name: a kill leaves nothing
-            steps = (followed.push(block) for block in source.blocks(self.sample_rate, channel))
-            for mixture, voices in itertools.chain(itertools.chain.from_iterable(steps), followed.finish()):
-                levels.add(mixture, voices)
-                spool.write(voices.tobytes())
-                done += len(voices)
-                if progress is not None:
-                    progress(done / self.sample_rate, source.num_seconds)
+            with contextlib.closing(source.blocks(self.sample_rate, channel)) as blocks:
+                pushed = itertools.chain.from_iterable(followed.push(block) for block in blocks)
+                for mixture, voices in itertools.chain(pushed, followed.finish()):
+                    levels.add(mixture, voices)
+                    spool.write(voices.tobytes())
+                    done += len(voices)
+                    if progress is not None:
+                        progress(min(done / self.sample_rate, source.num_seconds), source.num_seconds)
             yield _SeparatedVoices(spool, levels.gains(), source, self.sample_rate, blocks_run)
 
 
@@ -479,7 +476,7 @@ class _SeparatedVoices:
         # At its own rate a recording gives as many samples as it has.
         remaining = resampled_length(self._source.num_frames, self._source.sample_rate, sample_rate)
         self._spool.seek(0)
-        while stretch := self._spool.read(4 * num_spks * _BLOCK_SAMPLES):
+        while stretch := self._spool.read(4 * num_spks * _SPOOL_SAMPLES):
             voices = np.frombuffer(stretch, np.float32).reshape(-1, num_spks) * self._gains  # [t, N]
             voices = resampler.push(voices.astype(np.float32)).reshape(-1, num_spks)[:remaining]
             remaining -= len(voices)
@@ -492,58 +489,23 @@ def _output_rate(sample_rate, source, model_rate):
         return model_rate
     if sample_rate == "file":
         return source.sample_rate
-    if type(sample_rate) is not int or sample_rate < 1:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | np.integer) or sample_rate < 1:
         raise ValueError(f"sample_rate can only be a whole number of Hz or 'file', but got {sample_rate!r}.")
-    return sample_rate
+    return int(sample_rate)
 
 
-def _checked_chunk(chunk, seconds):
-    """A chunk of a stream as a float32 array [t]."""
-    chunk = chunk.detach().cpu() if isinstance(chunk, torch.Tensor) else chunk
-    samples = np.asarray(chunk)
-    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-        raise ValueError(
-            f"a chunk can only be floating-point samples of shape [t], but got {samples.dtype} {list(samples.shape)}."
-        )
-    if not np.isfinite(samples).all():
-        raise ValueError(f"the chunk that begins at {seconds:.3f} s holds NaN or infinite samples.")
-    return samples.astype(np.float32)
-
-
-def save_estimates(estimates, sample_rate, folder, stem):
-    """Write the voices of a recording as 16-bit wav files; each appears only once it is whole.
-
-    Arguments
-    ---------
-    estimates : torch.Tensor
-        The voices [T, N]; what exceeds 1 is clipped.
-    sample_rate : int
-        Hz.
-    folder : str or Path
-        Created where it is missing.
-    stem : str
-        The files are ``<stem>_spk1.wav`` and so on.
-
-    Returns
-    -------
-    list of Path
-
-    Raises
-    ------
-    ValueError
-        If the voices are not [T, N] or not finite.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> paths = save_estimates(torch.zeros(800, 2), 8000, tempfile.mkdtemp(), "meeting")
-    >>> [path.name for path in paths]
-    ['meeting_spk1.wav', 'meeting_spk2.wav']
-    """
-    if estimates.dim() != 2:
-        raise ValueError(f"estimates must have shape [T, N], but got {list(estimates.shape)}.")
-    if not estimates.isfinite().all():
-        raise ValueError("estimates must be finite, but they hold NaN or infinite samples.")
-    with VoiceFiles(folder, stem, estimates.shape[1], sample_rate) as files:
-        files.write(estimates.detach().cpu())
-    return files.paths
+def _pieces(chunks, sample_rate, length):
+    """The chunks of a stream, once they are checked, as float32 arrays of at most some length."""
+    num_come = 0
+    for chunk in chunks:
+        samples = np.asarray(chunk.detach().cpu() if isinstance(chunk, torch.Tensor) else chunk)
+        if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+            got = f"{samples.dtype} {list(samples.shape)}"
+            raise ValueError(f"a chunk can only be floating-point samples of shape [t], but got {got}.")
+        with np.errstate(over="ignore"):
+            samples = samples.astype(np.float32)
+        if not np.isfinite(samples).all():
+            seconds = num_come / sample_rate
+            raise ValueError(f"the chunk that begins at {seconds:.3f} s holds NaN or infinite samples.")
+        num_come += len(samples)
+        yield from (samples[begin : begin + length] for begin in range(0, len(samples), length))

@@ -5,7 +5,10 @@ import scipy.optimize
 
 
 def mixing_gains(products, cross_products):
-    """One gain per voice, none negative, with which the voices add up to the mixture as well as they can.
+    """One gain per voice, with which the voices add up to the mixture as well as they can.
+
+    A voice that goes against the mixture is turned over first: SI-SDR does not see signs, so training may leave an
+    output so. Beyond that no gain is negative.
 
     Arguments
     ---------
@@ -17,7 +20,7 @@ def mixing_gains(products, cross_products):
     Returns
     -------
     np.ndarray
-        Gains [N]: those with the least squared difference. That of a silent voice is 0.
+        Gains [N]: those with the least squared difference. That of a silent voice is 0, of a turned one negative.
 
     Example
     -------
@@ -26,6 +29,8 @@ def mixing_gains(products, cross_products):
     >>> mixing_gains(voices.T @ voices, voices.T @ mixture)
     array([3. , 0.5])
     """
+    signs = np.where(cross_products < 0, -1.0, 1.0)
+    products, cross_products = products * np.outer(signs, signs), cross_products * signs
     gains = np.zeros(len(cross_products))
     is_heard = np.diag(products) > 0
     scale = np.sqrt(np.diag(products)[is_heard])  # so that faint and loud voices are solved for equally well
@@ -36,7 +41,7 @@ def mixing_gains(products, cross_products):
         matrix = roots[:, None] * vectors[:, is_kept].T  # [K, N], with the same products
         target = (vectors[:, is_kept].T @ (cross_products[is_heard] / scale)) / roots  # [K]
         gains[is_heard] = scipy.optimize.nnls(matrix, target)[0] / scale
-    return gains
+    return gains * signs
 
 
 class Levels:

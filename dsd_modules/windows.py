@@ -61,8 +61,9 @@ class Windows:
 def match_voices(voices, estimates):
     """Assign the estimates of a window to the voices so far, where both are known.
 
-    The assignment is the one with the least squared difference, for estimates of one scale; where there
-    is nothing to go by, the estimates keep their order.
+    The assignment, and the sign of each estimate, are those with the least squared difference, for estimates of one
+    scale. SI-SDR does not see signs, so training may leave an output turned over. Where there is nothing to go by,
+    the estimates keep their order and their signs.
 
     Arguments
     ---------
@@ -73,16 +74,20 @@ def match_voices(voices, estimates):
 
     Returns
     -------
-    np.ndarray
-        ``perm`` [N]: voice ``i`` goes on in ``estimates[:, perm[i]]``.
+    perm : np.ndarray
+        [N]: voice ``i`` goes on in ``signs[i] * estimates[:, perm[i]]``.
+    signs : np.ndarray
+        [N], 1 or -1.
 
     Example
     -------
     >>> voices = np.random.default_rng(0).standard_normal((100, 3))
-    >>> match_voices(voices, voices[:, [2, 0, 1]])
-    array([1, 2, 0])
+    >>> match_voices(voices, voices[:, [2, 0, 1]] * [1, -1, 1])
+    (array([1, 2, 0]), array([-1,  1,  1]))
     """
-    return linear_sum_assignment(voices.T.astype(np.float64) @ estimates, maximize=True)[1]
+    products = voices.T.astype(np.float64) @ estimates  # [N, N]
+    perm = linear_sum_assignment(np.abs(products), maximize=True)[1]
+    return perm, np.where(products[range(len(perm)), perm] < 0, -1, 1)
 
 
 class FollowedVoices:
@@ -102,6 +107,8 @@ class FollowedVoices:
         Number of voices, N.
     windows : Windows
         How the audio is cut.
+    match : callable
+        As :func:`match_voices`.
 
     Example
     -------
@@ -113,8 +120,8 @@ class FollowedVoices:
     0.0
     """
 
-    def __init__(self, separate_window, num_spks, windows):
-        self.separate_window, self.num_spks, self.windows = separate_window, num_spks, windows
+    def __init__(self, separate_window, num_spks, windows, match=match_voices):
+        self.separate_window, self.num_spks, self.windows, self.match = separate_window, num_spks, windows, match
         self.mixture = np.zeros(0, np.float32)  # from sample `begin` on
         self.voices = np.zeros((0, num_spks), np.float32)  # of the same samples, as far as they are separated
         self.begin = 0  # what lies before is given out, and heard no more
@@ -137,6 +144,9 @@ class FollowedVoices:
             computed as the iterator is consumed.
         """
         self.mixture = np.concatenate([self.mixture, samples])
+        return self._finished()
+
+    def _finished(self):
         while self.begin + len(self.mixture) >= self.next_end:
             end = self.next_end
             self._separate_until(end)
@@ -151,6 +161,7 @@ class FollowedVoices:
         iterator of (np.ndarray, np.ndarray)
             The rest of the mixture [T'] and of the voices [T', N].
         """
+        yield from self._finished()
         end = self.begin + len(self.mixture)
         if end > self.begin + len(self.voices):
             self._separate_until(end)
@@ -159,23 +170,24 @@ class FollowedVoices:
     def _separate_until(self, end):
         """Separate the window that ends there, and extend the voices by it."""
         begin = max(0, end - self.windows.length)
-        known = self.begin + len(self.voices) - begin  # samples of it, in the overlap
-        window = self.mixture[begin - self.begin : end - self.begin]
-        voices = self.voices[begin - self.begin :]  # [known, N]
-        reminders = self._reminders(voices) if known else []
-        estimates = self.separate_window(np.concatenate([*(mixture for mixture, _ in reminders), window]))
-        voices = np.concatenate([*(heard for _, heard in reminders), voices])
-        perm = match_voices(voices, estimates[: len(voices)])
-        estimates = estimates[len(estimates) - len(window) :, perm]  # [T, N]
+        window = self.mixture[begin - self.begin : end - self.begin]  # [T]
+        known = self.voices[begin - self.begin :]  # [T', N], of its first samples: the overlap
+        if window.any():
+            reminders = self._reminders(known) if len(known) else []
+            heard = np.concatenate([known[:0], *(voices for _, voices in reminders), known])
+            estimates = self.separate_window(np.concatenate([*(mixture for mixture, _ in reminders), window]))
+            perm, signs = self.match(heard, estimates[: len(heard)])
+            estimates = signs * estimates[len(estimates) - len(window) :, perm]  # [T, N]
+        else:
+            estimates = np.zeros((len(window), self.num_spks))
 
-        fade_begin = max(0, known - self.windows.lookahead)
-        fade_end = min(known, fade_begin + self.windows.fade)
-        weight = np.sin(np.linspace(0, np.pi / 2, fade_end - fade_begin + 2)[1:-1, None], dtype=np.float32) ** 2
-        old = self.voices[len(self.voices) - known + fade_begin :][: fade_end - fade_begin]
-        faded = old + weight * (estimates[fade_begin:fade_end] - old)
-        kept = self.voices[: len(self.voices) - known + fade_begin]
-        self.voices = np.concatenate([kept, faded, estimates[fade_end:]])
-        self._remember(window, self.voices[begin - self.begin :])
+        fade_begin = max(0, len(known) - self.windows.lookahead)
+        fade_end = min(len(known), fade_begin + self.windows.fade)
+        weight = np.sin(np.linspace(0, np.pi / 2, fade_end - fade_begin + 2)[1:-1, None]) ** 2
+        faded = known[fade_begin:fade_end] * (1 - weight) + estimates[fade_begin:fade_end] * weight
+        extended = np.concatenate([known[:fade_begin], faded, estimates[fade_end:]]).astype(np.float32)  # [T, N]
+        self.voices = np.concatenate([self.voices[: begin - self.begin], extended])
+        self._remember(window, extended)
 
     def _reminders(self, voices):
         """Those of the voices that are hardly heard in the overlap."""

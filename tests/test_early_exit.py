@@ -1,15 +1,23 @@
 """Early exit: as many blocks as the mixture needs, and the estimates of the block where it stops."""
 
+import csv
 import itertools
 import math
+import sys
 
 import pytest
+import soundfile
 import test_masknet
 import test_tasnet
 import torch
+from conftest import REPOSITORY
 from speechbrain.lobes.models.dual_path import Decoder
 
+from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.separator import agreement_db, check_early_exit, separate, separate_until
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import bench_early_exit
 
 MODELS = {
     "sepformer of 4 blocks, 2 speakers": (test_masknet.small_masknet, {"num_layers": 4, "num_spks": 2}),
@@ -258,6 +266,38 @@ def test_silent_voices():
 def test_agreement_leaves_no_gradient():
     estimates = torch.randn(2, 100, requires_grad=True)
     assert not agreement_db(estimates, torch.randn(2, 100)).requires_grad
+
+
+# --- the benchmark ---
+
+
+def test_benchmark(librimix, tmp_path, monkeypatch):
+    """Two blocks are two blocks, whoever decides, and a table and a figure appear."""
+    encoder, decoder = test_masknet.coders()
+    masknet = test_masknet.small_masknet(num_layers=4, num_spks=2)
+    separator = SepformerDSDSeparation({"encoder": encoder, "masknet": masknet, "decoder": decoder}, 8000)
+    monkeypatch.setattr(bench_early_exit.SepformerDSDSeparation, "from_hparams", lambda *_, **__: separator)
+    folder = librimix / "wav8k" / "min" / "test"
+    lines = ["ID,duration,mix_wav,s1_wav,s2_wav"]
+    for wav in sorted((folder / "mix_clean").iterdir())[:3]:
+        lines.append(f"{wav.stem},{soundfile.info(wav).duration},mix_clean/{wav.name},s1/{wav.name},s2/{wav.name}")
+    (tmp_path / "test.csv").write_text("\n".join(lines))
+    paths = {name: tmp_path / f"early_exit.{name}" for name in ("csv", "png")}
+    bench_early_exit.main(
+        [
+            *("--model", "tiny", "exported", "--manifest", str(tmp_path / "test.csv"), "--data-folder", str(folder)),
+            *("--thresholds", "-1000", "1000", "--repeats", "1"),
+            *("--csv", str(paths["csv"]), "--figure", str(paths["png"])),
+        ]
+    )
+    with open(paths["csv"], encoding="utf-8") as stream:
+        *fixed, low, high = csv.DictReader(stream)
+    assert [row["mean_blocks"] for row in fixed] == ["1", "2", "3", "4"]
+    assert (low["stops"], high["stops"]) == ("2:3", "4:3")
+    for exited, row in ((low, fixed[1]), (high, fixed[3])):
+        assert [exited[column] for column in ("si_sdri", "difference")] == [row["si_sdri"], row["difference"]]
+    assert all(float(row["cpu_factor"]) > 0 for row in (*fixed, low, high))
+    assert paths["png"].stat().st_size > 10_000
 
 
 # --- what is refused ---

@@ -1,8 +1,8 @@
 """Tests of the separation of batches and recordings."""
 
 import io
+import itertools
 import math
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,8 @@ import torch
 from conftest import HPARAMS
 from test_model_folder import OPTIONS, make_export, make_modules
 
-from dsd_modules.inference import SepformerDSDSeparation, save_estimates
+from dsd_modules import inference
+from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.levels import mixing_gains
 from dsd_modules.model_folder import export_model
 from dsd_modules.separator import separate
@@ -190,13 +191,14 @@ def test_gains_are_the_best_that_are_not_negative():
         estimates = rng.standard_normal((200, 3)) + 2 * rng.standard_normal((200, 1))
         mixture = estimates @ rng.standard_normal(3) + rng.standard_normal(200)
         gains = mixing_gains(estimates.T @ estimates, estimates.T @ mixture)
-        assert (gains >= 0).all()
+        signs = np.sign(estimates.T @ mixture)
+        assert (gains * signs >= 0).all()
         errors = []
         for on in np.ndindex(2, 2, 2):
             candidate = np.zeros(3)
             kept = np.flatnonzero(on)
             candidate[kept] = np.linalg.lstsq(estimates[:, kept], mixture, rcond=None)[0]
-            if (candidate >= 0).all():
+            if (candidate * signs >= 0).all():
                 errors.append(np.sum((estimates @ candidate - mixture) ** 2))
         assert np.sum((estimates @ gains - mixture) ** 2) == pytest.approx(min(errors))
 
@@ -233,22 +235,6 @@ def test_unreadable_recordings_name_the_file(tmp_path, separator):
             samples[7, 1] = value
             soundfile.write(tmp_path / name, samples, sample_rate, subtype="FLOAT")
             refused(name, "NaN or infinite")
-
-
-def test_save_estimates(tmp_path):
-    estimates = torch.stack([torch.linspace(-1, 1, 500), torch.zeros(500), torch.full((500,), 2.0)], 1)
-    paths = save_estimates(estimates, 16000, tmp_path / "new" / "folder", "a.b")
-    assert [path.name for path in paths] == ["a.b_spk1.wav", "a.b_spk2.wav", "a.b_spk3.wav"]
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [path.name for path in paths]
-    for path, voice in zip(paths, estimates.clamp(-1, 1).T, strict=True):
-        assert soundfile.info(path).subtype == "PCM_16"
-        samples, sample_rate = soundfile.read(path, dtype="float32")
-        assert sample_rate == 16000
-        np.testing.assert_allclose(samples, voice, atol=2**-15)
-    with pytest.raises(ValueError, match=r"shape \[T, N\], but got \[500\]"):
-        save_estimates(estimates[:, 0], 16000, tmp_path, "x")
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        save_estimates(estimates * math.nan, 16000, tmp_path, "x")
 
 
 # Long recordings, early exit, streams
@@ -344,7 +330,9 @@ def test_long_recordings_equal_the_whole(tmp_path, separator, monkeypatch):
     assert seconds == sorted(seconds)
     order = [0, 1] if (voices[:, 0] @ sources[:, 0]) > (voices[:, 0] @ sources[:, 1]) else [1, 0]
     difference = (voices[:, order] - torch.from_numpy(sources)).square().view(40, 8000, 2).mean(1)  # of each second
-    assert difference.max() < 0.01 * sources.var(0).min()
+    is_edge = np.isin(np.arange(40), [0, 11, 12, 26, 27, 39])  # the filter reaches over them
+    assert difference[is_edge].max() < 0.01 * sources.var(0).min()
+    assert difference[~is_edge].max() < 1e-9 * sources.var(0).min()
 
 
 def test_files_are_what_separate_file_returns(tmp_path, separator):
@@ -379,10 +367,11 @@ def test_num_blocks(tmp_path, num_blocks):
     separator = SepformerDSDSeparation(modules, 8000)
     mixture = torch.randn(2, 700)
     expected = separate(**modules, mixture=mixture, blocks="all")[(num_blocks or 3) - 1].transpose(1, 2)
-    calls = [block.register_forward_hook(lambda *_: run.append(1)) for block in modules["masknet"].dual_mdl]
     run = []
+    for block in modules["masknet"].dual_mdl:
+        block.register_forward_hook(lambda *_: run.append(1))
     torch.testing.assert_close(separator.separate_batch(mixture, num_blocks=num_blocks), expected)
-    assert len(run) == (num_blocks or 3) == len(calls[: num_blocks or 3])
+    assert len(run) == (num_blocks or 3)
     for wrong in (0, 4, 1.0, True, "all"):
         with pytest.raises(ValueError, match=f"num_blocks can only be 1 to 3, but got {wrong!r}"):
             separator.separate_batch(mixture, num_blocks=wrong)
@@ -437,6 +426,16 @@ def test_a_stream_follows_the_voices(separator, monkeypatch):
     assert difference[1:].max() < 0.02 * sources.var(0).min()
 
 
+def test_a_stream_after_silence_begins_at_its_level(separator, monkeypatch):
+    sources = np.concatenate([np.zeros((16000, 2), np.float32), low_and_high(4)])
+    network = Bands()
+    estimates_of(separator, monkeypatch, lambda mix: network(mix) / torch.tensor([3.0, 0.2])[:, None])
+    voices = torch.cat(list(separator.stream(torch.from_numpy(sources.sum(1)).split(700))))
+    levels = voices.sum(1).view(6, 8000).square().mean(1) / sources.sum(1).reshape(6, 8000).var(1).clip(1e-9)
+    assert levels[:2].max() < 1e-9
+    assert levels[2:].min() > 0.95
+
+
 def test_streams_of_faint_silent_and_bad_audio(separator):
     assert list(separator.stream([])) == []
     assert list(separator.stream([np.zeros(0)])) == []
@@ -445,6 +444,8 @@ def test_streams_of_faint_silent_and_bad_audio(separator):
     assert voices[:4000].count_nonzero() == 0
     with pytest.raises(ValueError, match=r"the chunk that begins at 1\.000 s holds NaN"):
         list(separator.stream([np.zeros(8000), np.full(9, math.nan)]))
+    with pytest.raises(ValueError, match=r"the chunk that begins at 0\.000 s holds NaN or infinite"):
+        list(separator.stream([np.full(9000, 1e300)]))
     for wrong in (np.zeros((2, 9)), np.zeros(9, int), [1, 2], None):
         with pytest.raises(ValueError, match="a chunk can only be"):
             list(separator.stream([wrong]))
@@ -456,8 +457,62 @@ def test_streams_of_faint_silent_and_bad_audio(separator):
 def test_windows_that_are_too_short_are_refused(tmp_path, separator):
     soundfile.write(tmp_path / "mix.wav", np.ones(800), 8000)
     for seconds in (0.0, -1.0, 0.001, math.nan, math.inf, "16"):
-        with pytest.raises(ValueError, match="window_seconds"):
+        with pytest.raises(ValueError, match=r"window_seconds can only be a number from 0\.1 on"):
             separator.separate_file(tmp_path / "mix.wav", window_seconds=seconds)
+    for stem in ("../mix", "a/b", "/mix"):
+        with pytest.raises(ValueError, match="stem can only be"):
+            separator.separate_to_files(tmp_path / "mix.wav", tmp_path / "out", stem=stem)
+
+
+def test_early_exit_is_decided_for_each_window(tmp_path, monkeypatch):
+    separator = SepformerDSDSeparation(make_modules(num_blocks=4), 8000)
+    soundfile.write(tmp_path / "mix.wav", low_and_high(5).sum(1), 8000)
+    blocks = itertools.cycle([2, 4, 3])
+    monkeypatch.setattr(
+        inference, "separate_until", lambda mixture, **_: (torch.stack([mixture, mixture], 1), next(blocks))
+    )
+    result = separator.separate_to_files(
+        tmp_path / "mix.wav", tmp_path, exit_si_sdr_db=20.0, window_seconds=2.0
+    )  # windows end at 2, 3.5 and 5 s
+    assert result.blocks_run == 3
+
+
+def test_silent_windows_are_not_run(tmp_path, separator, monkeypatch):
+    soundfile.write(tmp_path / "mix.wav", low_and_high(20, pause=(3, 19)).sum(1), 8000)
+    network = Bands()
+    estimates_of(separator, monkeypatch, network)
+    separator.separate_file(tmp_path / "mix.wav", window_seconds=2.0)
+    assert network.num_calls == 3  # the windows end at 2, 3.5, ... 20 s
+
+
+def test_a_model_that_gives_nan(tmp_path, separator, monkeypatch):
+    estimates_of(separator, monkeypatch, lambda mix: torch.full((1, 2, mix.shape[1]), math.nan))
+    soundfile.write(tmp_path / "mix.wav", low_and_high(5).sum(1), 8000)
+    for seconds in (16.0, 1.0):
+        with pytest.raises(ValueError, match="The model's estimates are NaN or infinite"):
+            separator.separate_file(tmp_path / "mix.wav", window_seconds=seconds)
+
+
+def test_progress_ends_at_the_end(tmp_path, separator):
+    soundfile.write(tmp_path / "mix.wav", speech_like(44101, num_voices=2), 44100)
+    seconds = []
+    separator.separate_file(tmp_path / "mix.wav", progress=lambda *args: seconds.append(args))
+    assert seconds == [(44101 / 44100, 44101 / 44100)]
+
+
+def test_a_stereo_recording_of_another_rate_in_windows(tmp_path, separator, monkeypatch):
+    """The same as at the model's rate."""
+    mixture = scipy.signal.sosfilt(scipy.signal.butter(8, 3000, fs=8000, output="sos"), low_and_high(12).sum(1))
+    times_five = scipy.signal.resample_poly(mixture, 5, 1)
+    soundfile.write(tmp_path / "a.wav", mixture, 8000, subtype="FLOAT")
+    soundfile.write(tmp_path / "b.wav", np.stack([1.5 * times_five, 0.5 * times_five], 1), 40000, subtype="FLOAT")
+    voices = []
+    for name in ("a.wav", "b.wav"):
+        network = Bands(seed=3)
+        estimates_of(separator, monkeypatch, lambda mix, network=network: network(mix))
+        voices.append(separator.separate_file(tmp_path / name, window_seconds=4.0))
+        assert voices[-1].shape == (96000, 2)
+    assert (voices[1] - voices[0])[400:-400].square().mean() < 0.001 * voices[0].square().mean()
 
 
 def test_models_in_threads_do_not_meet(tmp_path):
@@ -478,12 +533,13 @@ def test_models_in_threads_do_not_meet(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
-    """Half a minute, and five minutes at 44.1 kHz in stereo, which are 106 MB as float32."""
+    """Half a minute and half an hour, whose voices are 115 MB."""
     exported = make_export(tmp_path / "exported")
     script = """
 import resource, sys
 import torch
 torch.set_num_threads(1)
+from dsd_modules import inference
 from dsd_modules.inference import SepformerDSDSeparation
 separator = SepformerDSDSeparation.from_hparams(sys.argv[1])
 separator._run = lambda mix, *options: (torch.stack([mix, mix], 1), [2])
@@ -495,11 +551,12 @@ print(*peaks)
 """
     rng = np.random.default_rng(0)
     paths = []
-    for seconds in (30, 300):
+    noise = 0.05 * rng.standard_normal((80000, 2))
+    for seconds in (30, 1800):
         paths.append(tmp_path / f"{seconds}.wav")
-        with soundfile.SoundFile(paths[-1], "w", 44100, 2) as file:
+        with soundfile.SoundFile(paths[-1], "w", 8000, 2) as file:
             for _ in range(seconds // 10):
-                file.write(0.05 * rng.standard_normal((441000, 2)))
+                file.write(noise)
     command = [sys.executable, "-c", script, str(exported), *map(str, paths)]
     short, long = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
     assert long < short + 40
