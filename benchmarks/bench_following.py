@@ -166,10 +166,8 @@ def main():
     for (kind, name), (swaps, steps, elsewhere, pieces, gain) in sorted(counts.items()):
         gain /= arguments.conversations
         print(f"| {kind} | {name} | {swaps / steps:.1%} | {elsewhere / pieces:.1%} | {gain:.2f} dB |")
-    print(
-        f"\nThe model's voices differ from those of the whole by {', '.join(f'{value:.0f}' for value in differences)} dB"
-    )
-    print("(overlap and reminders; median over the seconds of each conversation).")
+    print("\nHow much the model's voices differ from those of the whole, median over seconds, in each conversation:")
+    print(", ".join(f"{value:.0f}" for value in differences), "dB")
 
 
 if __name__ == "__main__":
