@@ -26,7 +26,7 @@ DEMO_OVERRIDES := \
 setup: .venv/ready
 
 # The stamp is written last: an interrupted or outdated installation is made anew.
-.venv/ready: requirements.txt requirements-dev.txt requirements-peers.txt requirements-compiled.txt
+.venv/ready: requirements.txt requirements-dev.txt requirements-export.txt requirements-peers.txt requirements-compiled.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or later is needed, but $(PYTHON) is older; give one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv --clear .venv

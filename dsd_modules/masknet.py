@@ -4,6 +4,7 @@ The parameters are those of SpeechBrain's ``Dual_Path_Model``, name by name, so 
 """
 
 import copy
+import itertools
 import math
 from functools import partial
 
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Smaller tensors are cheaper to keep than to compute again.
 _BYTES_WORTH_SAVING = 2**20
+# Of a transformer's activations, per core: 500 to 4,000 take the same time, to a few per cent.
+_FRAMES_IN_CACHE = 1000
 
 
 class DualPathMaskNet(Dual_Path_Model):
@@ -296,7 +299,7 @@ class DualPathBlock(Dual_Computation_Block):
 def _segment(x, K):
     """Half-overlapping chunks [B, N, K, S] of x [B, N, F], channels last in memory, and how many frames pad its end."""
     half = K // 2
-    gap = K - (half + x.shape[2] % K) % K
+    gap = K * ((half + x.shape[2]) // K + 1) - half - x.shape[2]  # 1 to K; so written, an exporter sees that K divides
     x = F.pad(x.transpose(1, 2), (0, 0, half, half + gap))  # [B, F', N]
     even, odd = (part.unflatten(1, (-1, K)) for part in (x[:, :-half], x[:, half:]))  # each [B, S/2, K, N]
     return torch.stack([even, odd], dim=2).flatten(1, 2).permute(0, 3, 2, 1), gap
@@ -408,7 +411,22 @@ def _apply_model(model, x, mask=None, recompute=False):
     """An intra or inter model for x [B, T, N]. The mask [B, T] is True for the first steps of a row, those it has."""
     if isinstance(model, SBRNNBlock):
         return run_layer(_recurrent, model.mdl.rnn, x, mask, recompute=recompute)
-    return _transformer(model, x, None if mask is None else mask[:, None, None], recompute)
+    mask = None if mask is None else mask[:, None, None]  # [B, 1, 1, T]
+    rows = _rows_at_once(x)
+    if rows >= x.shape[0]:  # not len(x), which an exporter takes for a constant
+        return _transformer(model, x, mask, recompute)
+    masks = itertools.repeat(None) if mask is None else mask.split(rows)
+    return torch.cat([_transformer(model, *part, recompute) for part in zip(x.split(rows), masks, strict=False)])
+
+
+def _rows_at_once(x):
+    """How many rows of x [B, T, N] a transformer takes at once: those that fit a CPU's caches, elsewhere all.
+
+    The rows do not see each other. One after the other they leave in the cache what the next operation reads.
+    """
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x.shape[0]
+    return max(1, _FRAMES_IN_CACHE * torch.get_num_threads() // x.shape[1])
 
 
 def run_layer(function, *args, recompute):
@@ -485,12 +503,12 @@ def _self_attention(attention, x, mask=None):
 
 def _positional_encoding(encoding, length):
     """The first positions [1, length, N] of SpeechBrain's ``PositionalEncoding``, also beyond those it holds."""
-    held = encoding.pe[:, :length]  # [1, min(length, held), N]
-    if held.shape[1] == length:
-        return held
-    channels, device = held.shape[2], held.device
-    positions = torch.arange(held.shape[1], length, device=device).float()  # [T]
+    held = encoding.pe  # [1, T, N]
+    if not torch.compiler.is_exporting() and length <= held.shape[1]:  # what is exported must serve every length
+        return held[:, :length]
+    num_held, channels, device = *held.shape[1:], held.device
+    positions = torch.arange(num_held, torch.sym_max(num_held, length), device=device).float()  # [T']
     rates = torch.exp(torch.arange(0, channels, 2, device=device).float() * -(math.log(10000.0) / channels))
-    angles = positions[:, None] * rates  # [T, N/2]
-    further = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # [T, N]
-    return torch.cat([held, further[None].to(held.dtype)], dim=1)  # [1, length, N]
+    angles = positions[:, None] * rates  # [T', N/2]
+    further = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # [T', N]
+    return torch.cat([held, further[None].to(held.dtype)], dim=1)[:, :length]  # [1, length, N]

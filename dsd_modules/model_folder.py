@@ -43,23 +43,55 @@ _CHUNK_MODELS = {
 _RNN_TYPES = ("LSTM", "GRU", "RNN")  # SBRNNBlock would call whatever stands under another name
 _MODULES = tuple(_CLASSES)
 _PLAN_PREFIXES = ("!new:", "!name:")
+# A YAML may name more of these, as those of published folders do: it is not built. What else it names is refused.
+_NOT_BUILT = ("speechbrain.", "dsd_modules.", "torch.optim.")
 _PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
 }
 _HPARAMS_FILE = "hyperparams.yaml"
 _FILES = [_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)]
+CARD_FILE = "README.md"
+EXPORTED_FOLDER = "exported"  # of a run
 _NEEDED = ("num_spks", "sample_rate", "modules")  # and what they refer to
 _TRAINING_OPTIONS = ("dropout", "activation_checkpointing")  # of the modules, but no checkpoint fixes them
 
 _HEADER = """\
-# A speech separator, exported for inference. It loads with dsd_modules.inference.SepformerDSDSeparation and with
-# speechbrain.inference.SepformerSeparation.
+# A speech separator, exported for inference. It loads with dsd_modules.inference.SepformerDSDSeparation and, without
+# dsd_modules, with speechbrain.inference.SepformerSeparation.
 
 """
 _PRETRAINER = """
 pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
   loadables:
 """ + "".join(f"    {name}: !ref <modules[{name}]>\n" for name in _MODULES)
+# SpeechBrain's own classes of the same parameters, so that it loads the folder where this project is not installed.
+_STOCK_CLASSES = {
+    "dsd_modules.masknet.DualPathMaskNet": "speechbrain.lobes.models.dual_path.Dual_Path_Model",
+    "dsd_modules.tasnet.ConvTasNetMaskNet": "speechbrain.lobes.models.conv_tasnet.MaskNet",
+}
+_STOCK_REACH = 128  # frames: Conv-TasNet's convolutions reach no further there
+
+
+def onnx_name(num_blocks):
+    """The name of the ONNX file of the first blocks, in an exported folder.
+
+    Example
+    -------
+    >>> onnx_name(2)
+    'separator_blocks2.onnx'
+    """
+    return f"separator_blocks{num_blocks}.onnx"
+
+
+def is_model_file(name):
+    """Whether a file of this name belongs to an exported folder: its model, its card, or ONNX.
+
+    Example
+    -------
+    >>> is_model_file("encoder.ckpt"), is_model_file("README.md"), is_model_file("notes.txt")
+    (True, True, False)
+    """
+    return name in _FILES or name == CARD_FILE or re.fullmatch(r"separator_blocks[1-9]\d*\.onnx", name) is not None
 
 
 def export_model(folder, hparams_file, options, modules):
@@ -114,7 +146,7 @@ def export_model(folder, hparams_file, options, modules):
     if target.exists():
         if not target.is_dir():
             raise ValueError(f"A model is exported to a folder, but {folder} is a file.")
-        strangers = sorted(path.name for path in target.iterdir() if path.name not in _FILES)
+        strangers = sorted(path.name for path in target.iterdir() if not is_model_file(path.name))
         if strangers:  # replacing the folder would delete them
             raise ValueError(
                 f"{folder} holds {strangers[0]!r}, which is no part of an exported model; give another place."
@@ -188,7 +220,7 @@ def read_model(folder):
     folder : str or Path
         From :func:`export_model`, or a separator in SpeechBrain's published form; or its name on the Hugging
         Face hub, ``owner/name`` or ``owner/name@revision``, from where its four files are downloaded into the
-        hub's own cache.
+        hub's own cache. Or the folder of a run, whose ``exported`` is read.
 
     Returns
     -------
@@ -263,7 +295,23 @@ def load_weights(folder, modules):
 
 def _inference_yaml(hparams_file, options):
     """The part of a training YAML that inference needs, with the values of the options, as text."""
-    return _HEADER + _dump(_model_part(hparams_file, options)) + _PRETRAINER
+    text = _HEADER + _dump(_model_part(hparams_file, options)) + _PRETRAINER
+    if _is_stock(_read_plan(text, hparams_file)["modules"].get("masknet")):
+        for ours, theirs in _STOCK_CLASSES.items():
+            text = re.sub(rf"!new:{re.escape(ours)}$", f"!new:{theirs}", text, flags=re.MULTILINE)
+    return text
+
+
+def _is_stock(masknet):
+    """Whether SpeechBrain's class would separate as ours does, from the plan of a mask network."""
+    arguments = (masknet.arguments if isinstance(masknet, _Plan) else None) or {}
+    intra_model = arguments.get("intra_model")
+    if intra_model is not None and intra_model is arguments.get("inter_model"):
+        return False  # of one template it makes one model for both
+    num_layers, kernel = arguments.get("X"), arguments.get("P")  # of Conv-TasNet
+    if not isinstance(num_layers, int) or not isinstance(kernel, int):
+        return True
+    return 2 ** (num_layers - 1) * (kernel // 2) <= _STOCK_REACH
 
 
 def _model_part(hparams_file, options=None):
@@ -422,11 +470,16 @@ def _build(plan, classes, where):
 def _read_modules(folder):
     """The modules of a folder without weights, and its sample rate."""
     path = folder / _HPARAMS_FILE
-    plan = _read_plan(path.read_bytes(), path)
+    text = path.read_bytes()
+    plan = _read_plan(text, path)
     sample_rate = plan.get("sample_rate", 8000)  # old published folders do not tell it
     if type(sample_rate) is not int or sample_rate < 1:
         raise ValueError(f"{path}: sample_rate must be a whole number of Hz, but got {sample_rate!r}.")
-    return _build_modules(plan, path), sample_rate
+    modules = _build_modules(plan, path)
+    for tag in _tags(YAML().compose(text)):
+        if tag.startswith(_PLAN_PREFIXES) and not tag.partition(":")[2].startswith(_NOT_BUILT):
+            raise ValueError(f"{path} asks for {tag}, which is no part of a separator.")
+    return modules, sample_rate
 
 
 def _find_folder(source):
@@ -443,6 +496,9 @@ def _find_folder(source):
             ) from None
     if not Path(source).is_dir():
         raise ValueError(f"The model folder {source} was not found; expected a local folder with {expected}.")
+    exported = Path(source) / EXPORTED_FOLDER
+    if exported.is_dir() and not (Path(source) / _FILES[1]).exists():
+        return exported  # the folder of a run
     return Path(source)
 
 

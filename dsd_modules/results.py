@@ -9,10 +9,12 @@ import soundfile
 
 from dsd_modules.evaluation import read_results
 from dsd_modules.groups import gender_pairs, write_groups
-from dsd_modules.inference import SepformerDSDSeparation, save_estimates
+from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.losses import PITLoss
+from dsd_modules.model_card import main_scores
 from dsd_modules.permutation import reorder_estimates
 from dsd_modules.report import draw_report, read_history
+from dsd_modules.voice_files import VoiceFiles
 
 
 def separate_example(exported, item, folder):
@@ -40,7 +42,8 @@ def separate_example(exported, item, folder):
     estimates = separator.separate_file(mixture_path).T.unsqueeze(0)  # (1, N, T)
     references = item["sources"].T.unsqueeze(0)  # (1, N, T)
     estimates = reorder_estimates(estimates, PITLoss()(estimates, references).perm)
-    save_estimates(estimates[0].T, separator.sample_rate, folder, item["id"])
+    with VoiceFiles(folder, item["id"], separator.num_spks, separator.sample_rate) as files:
+        files.write(estimates[0].T)
     for spk, reference in enumerate(references[0], 1):
         path = folder / f"{item['id']}_reference{spk}.wav"
         soundfile.write(path, reference.numpy(), separator.sample_rate, subtype="PCM_16")
@@ -77,12 +80,6 @@ def results_table(output_folder, test_block=None):
     return Path(output_folder) / f"test_results{suffix}.csv"
 
 
-def _main_scores(row):
-    """The scores that papers report, as far as they are in the row, by their names."""
-    names = {"si_sdri": "SI-SDRi", "sdri": "SDRi", "pesq": "PESQ", "stoi": "STOI"}
-    return {name: row[column] for column, name in names.items() if column in row}
-
-
 def format_groups(groups):
     """The scores of each group as a table for the terminal.
 
@@ -101,9 +98,9 @@ def format_groups(groups):
       group             mixtures   SI-SDRi      STOI
       gender FM                2      9.50      0.90
     """
-    lines = [f"  {'group':16}{'mixtures':>10}" + "".join(f"{name:>10}" for name in _main_scores(groups[0]))]
+    lines = [f"  {'group':16}{'mixtures':>10}" + "".join(f"{name:>10}" for name in main_scores(groups[0]))]
     for group in groups:
-        values = ("-" if math.isnan(value) else f"{value:.2f}" for value in _main_scores(group).values())
+        values = ("-" if math.isnan(value) else f"{value:.2f}" for value in main_scores(group).values())
         name = f"{group['kind']} {group['group']}"
         lines.append(f"  {name:16}{group['num_mixtures']:10}" + "".join(f"{value:>10}" for value in values))
     return "\n".join(lines)
@@ -149,7 +146,7 @@ def finish_run(output_folder, exported, test_set, test_block=None, folders=()):
         }
     of_blocks = {name.removeprefix("si_sdri_"): value for name, value in mean.items() if "_block" in name}
     blocks = ", ".join(f"{block} {value:.2f}" for block, value in of_blocks.items())
-    scores = ", ".join(f"{name} {value:.2f}{' dB' * ('SDR' in name)}" for name, value in _main_scores(mean).items())
+    scores = ", ".join(f"{name} {value:.2f}{' dB' * ('SDR' in name)}" for name, value in main_scores(mean).items())
     block = "" if test_block is None else f" of block {test_block}"
     print(f"\nTest{block}, {len(rows)} mixtures: {scores} ({blocks})")
     if len(groups) > 1:  # one alone is the whole test set

@@ -201,10 +201,12 @@ def _depthwise(layer, x, lengths):
     conv, reach = layer.conv, layer.dilation * (layer.kernel_size - 1) // 2
     if layer.padding == "causal":
         x = F.pad(x, (3 * reach, 0))[..., : num_frames + 2 * reach]
-    elif lengths is None and reach < num_frames:
-        x = F.pad(x, (reach, reach), mode="reflect")
-    else:
+    elif lengths is not None:
         x = x.gather(2, _reflection(x, lengths, reach))
+    elif not torch.compiler.is_exporting() and reach < num_frames:
+        x = F.pad(x, (reach, reach), mode="reflect")
+    else:  # also what is exported, which must serve every length
+        x = x[..., _reflection(x[:1, :1], None, reach)[0, 0]]
     return F.conv1d(x, conv.weight, dilation=layer.dilation, groups=conv.groups)  # [B, H, F]
 
 
@@ -214,10 +216,9 @@ def _reflection(x, lengths, reach):
     As in numpy's "reflect", an item that is shorter than the reach is reflected again and again.
     """
     frames = torch.arange(-reach, x.shape[2] + reach, device=x.device)
-    lengths = x.shape[2] if lengths is None else lengths[:, None, None]  # [B, 1, 1]
-    last = torch.as_tensor(lengths - 1, device=x.device)
+    last = frames[-1] - reach if lengths is None else lengths[:, None, None] - 1  # [] or [B, 1, 1]
     steps = frames.abs() % (2 * last).clamp(min=1)  # of a way from the first frame to the last and back
-    return (last - (last - steps).abs()).expand(len(x), x.shape[1], -1)
+    return (last - (last - steps).abs()).expand(*x.shape[:2], -1)
 
 
 def _normalize(norm, x, frame_mask=None):

@@ -219,6 +219,24 @@ def test_norms_are_computed_again_in_the_backward_pass(monkeypatch, dtype):
         assert torch.equal(again, kept)
 
 
+@pytest.mark.parametrize("lengths", [None, [73, 40, 3]])
+def test_rows_one_after_the_other_give_the_same(monkeypatch, lengths):
+    """Inference lets a transformer take a few rows at once, the last of them fewer; a row longer than that alone."""
+    masknet = small_masknet().eval()
+    x = torch.randn(3, CHANNELS, 73)
+    expected = masknet(x, lengths)  # with gradients, all rows at once
+    calls = []
+    for name in ("intra_mdl", "inter_mdl"):
+        norm = getattr(masknet.dual_mdl[0], name).mdl.norm
+        norm.register_forward_hook(lambda module, inputs, _: calls.append(len(inputs[0])))
+    with torch.no_grad():
+        monkeypatch.setattr("dsd_modules.masknet._FRAMES_IN_CACHE", 110)
+        assert_close(masknet(x, lengths), expected)
+        assert calls == [11] * 4 + [4] + [6] * 5  # of 48 rows of 10 frames, and of 30 rows of 16
+        monkeypatch.setattr("dsd_modules.masknet._FRAMES_IN_CACHE", 5)
+        assert_close(masknet(x, lengths), expected)
+
+
 @pytest.mark.parametrize("K", [2, 7, 10])
 @pytest.mark.parametrize("num_frames", [1, 5, 20, 35])
 def test_chunks_equal_speechbrains(K, num_frames):

@@ -4,6 +4,8 @@ import math
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -159,6 +161,71 @@ def test_separates_the_same_in_speechbrain(tmp_path, exported):
     torch.testing.assert_close(ours.separate_batch(mixture), theirs.separate_batch(mixture), rtol=1e-4, atol=1e-5)
 
 
+STOCK = """
+import sys
+import torch
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "dsd_modules":
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+from speechbrain.inference.separation import SepformerSeparation
+mixture, *folders = sys.argv[1:]
+for number, folder in enumerate(folders):
+    separator = SepformerSeparation.from_hparams(source=folder, savedir=f"savedir{number}")
+    torch.save(separator.separate_batch(torch.load(mixture)), f"estimates{number}.pt")
+"""
+
+
+def make_other_export(folder, name, **overrides):
+    """As :func:`make_export`, of another YAML of the recipe."""
+    hparams_file = HPARAMS.with_name(f"{name}_dsd.yaml")
+    _, options = read_options(hparams_file, "\n".join(f"{key}: {value}" for key, value in overrides.items()))
+    text = hparams_file.read_text(encoding="utf-8")
+    model = text[text.rindex("\n# Model: ") : text.index("\npit_loss: ")]
+    torch.manual_seed(1)
+    modules = load_hyperpyyaml(f"num_spks: 3\nsample_rate: 8000\n{model}", overrides)["modules"]
+    return export_model(folder, hparams_file, options, modules)
+
+
+DPRNN = {"num_spks": 3, "num_filters": 16, "chunk_size": 20, "num_blocks": 2, "hidden_channels": 12}
+CONVTASNET = {"num_spks": 3, "num_filters": 16, "num_blocks": 2, "bottleneck_channels": 12, "hidden_channels": 24}
+
+
+def test_speechbrain_loads_every_architecture_without_this_project(tmp_path):
+    """With the card and ONNX beside the model."""
+    folders = [
+        make_export(tmp_path / "sepformer", num_spks=3),
+        make_other_export(tmp_path / "dprnn", "dprnn", **DPRNN),
+        make_other_export(tmp_path / "convtasnet", "convtasnet", **CONVTASNET),
+    ]
+    for folder in folders:
+        (folder / "README.md").write_text("# A card\n")
+        (folder / "separator_blocks1.onnx").write_bytes(b"weights")
+    mixture = torch.randn(2, 4003)
+    torch.save(mixture, tmp_path / "mixture.pt")
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "mixture.pt"), *map(str, folders)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for number, folder in enumerate(folders):
+        ours = SepformerDSDSeparation.from_hparams(folder).separate_batch(mixture)
+        assert ours.shape == (2, 4003, 3)
+        theirs = torch.load(tmp_path / f"estimates{number}.pt")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_conv_layers", "conv_kernel", "is_stock"), [(8, 3, True), (9, 3, False), (8, 5, False)])
+def test_speechbrains_class_is_named_where_it_can_be_built(tmp_path, num_conv_layers, conv_kernel, is_stock):
+    widths = {"num_conv_layers": num_conv_layers, "conv_kernel": conv_kernel}
+    folder = make_other_export(tmp_path / "exported", "convtasnet", **CONVTASNET, **widths)
+    assert ("dsd_modules.tasnet" in (folder / "hyperparams.yaml").read_text()) != is_stock
+    assert SepformerDSDSeparation.from_hparams(folder).num_spks == 3
+    if is_stock:
+        SepformerSeparation.from_hparams(source=str(folder), savedir=str(tmp_path / "savedir"))
+
+
 @pytest.mark.parametrize("encoder", ["*encoder", "!ref <Encoder>"])
 def test_loads_a_published_folder(tmp_path, encoder):
     folder = make_published(tmp_path / "published", PUBLISHED.replace("  encoder: *encoder", f"  encoder: {encoder}"))
@@ -229,10 +296,10 @@ def test_an_edited_wiring_is_exported_as_edited(tmp_path, old, new, expected):
     mixture = torch.randn(2, 1003)
     estimates = SepformerDSDSeparation.from_hparams(folder).separate_batch(mixture)
     torch.testing.assert_close(estimates, separate_with(modules, mixture), rtol=0, atol=0)
-    theirs = load_hyperpyyaml(text)["pretrainer"].loadables
-    for name, module in theirs.items():
-        module.load_state_dict(modules[name].state_dict())
-    torch.testing.assert_close(separate_with(theirs, mixture), estimates, rtol=0, atol=0)
+    theirs = SepformerSeparation.from_hparams(source=str(folder), savedir=str(tmp_path / "savedir"))
+    torch.testing.assert_close(theirs.separate_batch(mixture), estimates, rtol=1e-4, atol=1e-5)
+    is_tied = "inter_model" in new  # SpeechBrain's class would make one model of one template
+    assert ("dsd_modules.masknet.DualPathMaskNet\n" in text) == is_tied
 
 
 def test_the_export_holds_what_the_model_needs_and_no_more(exported):
@@ -372,6 +439,17 @@ def test_export_deletes_nothing_of_others(tmp_path):
         make_export(tmp_path / "thesis.tex")
 
 
+def test_export_replaces_the_card_and_the_onnx_of_the_old_model(tmp_path):
+    folder = make_export(tmp_path / "exported")
+    for name in ("README.md", "separator_blocks1.onnx", "separator_blocks12.onnx"):
+        (folder / name).write_bytes(b"of the old model")
+    make_export(folder, seed=1)
+    assert listing(folder) == ["decoder.ckpt", "encoder.ckpt", "hyperparams.yaml", "masknet.ckpt"]
+    (folder / "separator_blocks0.onnx").write_bytes(b"of somebody else")
+    with pytest.raises(ValueError, match=r"separator_blocks0\.onnx.*no part of an exported model"):
+        make_export(folder, seed=1)
+
+
 def test_export_refuses_options_that_do_not_fit(tmp_path):
     modules = make_modules()
     with pytest.raises(ValueError, match=r"do not fit modules\['masknet'\]: conv2d.weight has shape \[32, .*\[48, "):
@@ -430,14 +508,42 @@ def test_yaml_is_refused_and_runs_nothing(tmp_path, monkeypatch, old, new, tag):
 
 
 def test_what_is_not_needed_is_not_built(tmp_path):
+    """Published folders may hold more of SpeechBrain, and a training's optimizer."""
     text = (
-        PUBLISHED
-        + "\nlogger: !new:subprocess.Popen\n  args: [touch, ran]\nrun: !name:os.system\n  command: touch ran\n"
+        PUBLISHED + "\nlogger: !new:speechbrain.utils.train_logger.FileTrainLogger\n  save_file: ran\n"
+        "optimizer: !name:torch.optim.Adam\n  lr: 0.1\n"
     )
     folder = make_published(tmp_path / "model")
     (folder / "hyperparams.yaml").write_text(text)
     assert SepformerDSDSeparation.from_hparams(source=folder).num_spks == 3
-    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize(
+    ("text", "tag"),
+    [
+        ("logger: !new:subprocess.Popen\n  args: [touch, ran]", "!new:subprocess.Popen"),
+        ("run: !name:os.system\n  command: touch ran", "!name:os.system"),
+        ("a: {b: [1, {c: !new:subprocess.Popen {args: [touch, ran]}}]}", "!new:subprocess.Popen"),
+        ("a: !apply:os.system [touch ran]", "!apply:os.system"),
+        ("a: {b: [1, {c: !apply:os.system [touch ran]}]}", "!apply:os.system"),
+        ("a: {b: [1, !applyref:os.system [touch ran]]}", "!applyref:os.system"),
+        ("a: [[!include:other.yaml ]]", "!include:other.yaml"),
+        ("a: {b: !module:antigravity }", "!module:antigravity"),
+        ("? !apply:os.system [touch ran]\n: 1", "!apply:os.system"),
+        ("a: !!python/name:os.system ''", "python/name:os.system"),
+        ("a: {b: !!python/object/new:subprocess.Popen [[touch, ran]]}", "python/object/new:subprocess.Popen"),
+    ],
+)
+def test_what_stands_beside_the_model_is_refused(tmp_path, monkeypatch, text, tag):
+    """Also under a key that nothing refers to, and deep inside it."""
+    folder = make_published(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text("boom: !applyref:os.system [touch ran]")
+    (folder / "hyperparams.yaml").write_text(f"{PUBLISHED}\n{text}\n")
+    with pytest.raises(ValueError, match=re.escape(tag)) as error:
+        SepformerDSDSeparation.from_hparams(source=folder)
+    assert "hyperparams.yaml" in str(error.value)
+    assert not (tmp_path / "ran").exists()
 
 
 class Payload:
@@ -501,6 +607,18 @@ def test_missing_folder_and_yaml(tmp_path, monkeypatch, name):
             SepformerDSDSeparation.from_hparams(source)
     with pytest.raises(ValueError, match=r"holds no hyperparams\.yaml"):
         SepformerDSDSeparation.from_hparams(source=tmp_path)
+
+
+def test_the_folder_of_a_run_gives_its_exported_model(tmp_path):
+    exported = make_export(tmp_path / "run" / "exported")
+    (tmp_path / "run" / "hyperparams.yaml").write_text("of: the training")
+    expected = read_model(exported)[0]
+    modules = make_modules(seed=1)
+    load_weights(str(tmp_path / "run"), modules)
+    for name, module in read_model(tmp_path / "run")[0].items():
+        for key, weight in module.state_dict().items():
+            assert torch.equal(weight, expected[name].state_dict()[key])
+            assert torch.equal(weight, modules[name].state_dict()[key])
 
 
 # The Hugging Face hub

@@ -190,7 +190,7 @@ def test_the_newest_model_is_taken(tmp_path):
     (incomplete / "hyperparams.yaml").write_text("")
     newest = tmp_path / "recipes/LibriMix/separation/results/new/exported"
     assert find_model(checkout=tmp_path) == str(newest)
-    assert find_model(str(newest)) == find_model(str(newest.parent)) == str(newest)
+    assert find_model(str(newest.parent)) == str(newest.parent)
     assert find_model("owner/name@main") == "owner/name@main"
 
 
@@ -357,7 +357,7 @@ def test_recordings_of_a_user(here, model, capsys):
     (here / "broken.wav").write_text("no audio")
     out, err = real("--model", model, "--blocks", 1, "--", ".", code=1)
     assert err == ["error: broken.wav cannot be read as audio: Format not recognised."]
-    assert out[0] == f"model: {model / 'exported'}"
+    assert out[0] == f"model: {model}"
     assert out[-1] == "6 recordings: 5 separated, 1 failed"
     assert all("  3 voices  in " in line and line.endswith("  blocks 1.0 -> out/") for line in (out[1], out[3], out[4]))
     stems = ("-meeting 1", "silence", "会議", "talk.mp3", "talk.ogg")

@@ -27,6 +27,7 @@ from dsd_modules.dynamic_mixing import DynamicMixing
 from dsd_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
 from dsd_modules.files import lock_folder
 from dsd_modules.losses import layerwise_loss
+from dsd_modules.model_card import write_card
 from dsd_modules.model_folder import export_model, load_weights, model_options
 from dsd_modules.options import check_options, check_resume, check_run_opts, read_options
 from dsd_modules.quality import check_metrics
@@ -168,6 +169,8 @@ def main(argv):
             folders = [options[name] for name in ("metadata_folder", "data_folder", "librispeech_folder")]
             with mistakes_as_run_errors():
                 finish_run(hparams["output_folder"], exported, test, hparams["test_block"], folders)
+                table = results_table(hparams["output_folder"], hparams["test_block"])
+                write_card(exported, hparams["output_folder"], table, hparams["test_block"])
     elif if_main_process():
         print("\nThe test set was not looked at; the same command without --test_at_end False tests.")
     leave_group()
