@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dsd_modules.levels import Levels
-from dsd_modules.model_folder import read_model
+from dsd_modules.model_folder import MAX_SAMPLE_RATE, read_model
 from dsd_modules.recordings import Recording, Resampler, resampled_length
 from dsd_modules.separator import check_early_exit, separate, separate_until
 from dsd_modules.voice_files import VoiceFiles
@@ -103,6 +103,8 @@ class SepformerDSDSeparation:
             self.device = torch.empty(0, device=device).device
         except (AssertionError, RuntimeError) as error:  # torch raises either
             raise ValueError(f"device can only be one of this machine, but got {device!r}: {error}") from None
+        if self.device.type == "meta":
+            raise ValueError("device can only be one that computes, but got 'meta'.")
         self.mods = torch.nn.ModuleDict(modules).to(self.device).eval().requires_grad_(False)
         self.sample_rate = sample_rate
         self.num_spks = self.mods["masknet"].num_spks
@@ -284,7 +286,7 @@ class SepformerDSDSeparation:
         with Recording(recording) as source:
             rate = _output_rate(sample_rate, source, self.sample_rate)
             stem = Path(source.name).stem if stem is None else stem
-            if Path(stem).name != stem:
+            if Path(stem).name != stem or "\0" in stem:
                 raise ValueError(f"stem can only be the beginning of a file's name, but got {stem!r}.")
             separating = self._separated(
                 source, channel, num_blocks, exit_si_sdr_db, window_seconds, progress, folder=folder
@@ -443,9 +445,7 @@ class SepformerDSDSeparation:
         blocks_run, levels, done = [], Levels(self.num_spks), 0
         separate_window = self._window_separator(num_blocks, exit_si_sdr_db, blocks_run)
         followed = FollowedVoices(separate_window, self.num_spks, windows)
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as spool:  # without a name: a kill leaves nothing
+        with _spool(folder) as spool:
             with contextlib.closing(source.blocks(self.sample_rate, channel)) as blocks:
                 pushed = itertools.chain.from_iterable(followed.push(block) for block in blocks)
                 for mixture, voices in itertools.chain(pushed, followed.finish()):
@@ -455,6 +455,16 @@ class SepformerDSDSeparation:
                     if progress is not None:
                         progress(min(done / self.sample_rate, source.num_seconds), source.num_seconds)
             yield _SeparatedVoices(spool, levels.gains(), source, self.sample_rate, blocks_run)
+
+
+def _spool(folder):
+    """A temporary file without a name, of which a kill leaves nothing."""
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder or tempfile.gettempdir())) from None
 
 
 class _SeparatedVoices:
@@ -489,8 +499,10 @@ def _output_rate(sample_rate, source, model_rate):
         return model_rate
     if sample_rate == "file":
         return source.sample_rate
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | np.integer) or sample_rate < 1:
-        raise ValueError(f"sample_rate can only be a whole number of Hz or 'file', but got {sample_rate!r}.")
+    is_whole = isinstance(sample_rate, int | np.integer) and not isinstance(sample_rate, bool)
+    if not is_whole or not 1 <= sample_rate <= MAX_SAMPLE_RATE:
+        expected = f"a whole number of Hz up to {MAX_SAMPLE_RATE}, or 'file'"
+        raise ValueError(f"sample_rate can only be {expected}, but got {sample_rate!r}.")
     return int(sample_rate)
 
 
@@ -498,7 +510,10 @@ def _pieces(chunks, sample_rate, length):
     """The chunks of a stream, once they are checked, as float32 arrays of at most some length."""
     num_come = 0
     for chunk in chunks:
-        samples = np.asarray(chunk.detach().cpu() if isinstance(chunk, torch.Tensor) else chunk)
+        if isinstance(chunk, torch.Tensor):
+            chunk = chunk.detach().cpu()
+            chunk = chunk.float() if chunk.dtype == torch.bfloat16 else chunk  # which numpy does not know
+        samples = np.asarray(chunk)
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
             got = f"{samples.dtype} {list(samples.shape)}"
             raise ValueError(f"a chunk can only be floating-point samples of shape [t], but got {got}.")

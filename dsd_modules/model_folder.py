@@ -2,9 +2,12 @@
 
 import copy
 import glob
+import math
 import os
+import pickle
 import re
 import shutil
+import stat
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -40,6 +43,7 @@ _CHUNK_MODELS = {
     "speechbrain.lobes.models.dual_path.SBTransformerBlock": SBTransformerBlock,
     "speechbrain.lobes.models.dual_path.SBRNNBlock": SBRNNBlock,
 }
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of weights
 _RNN_TYPES = ("LSTM", "GRU", "RNN")  # SBRNNBlock would call whatever stands under another name
 _MODULES = tuple(_CLASSES)
 _PLAN_PREFIXES = ("!new:", "!name:")
@@ -52,6 +56,10 @@ _HPARAMS_FILE = "hyperparams.yaml"
 _FILES = [_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)]
 CARD_FILE = "README.md"
 EXPORTED_FOLDER = "exported"  # of a run
+MAX_SAMPLE_RATE = 768_000  # Hz
+_MAX_YAML_BYTES = 2**20
+_LIMIT = 100_000  # of any number in a model's wiring, so that nothing enormous is built before the weights are seen
+_LIMITS = {"num_layers": 100, "R": 100, "X": 16, "N": 4096, "B": 4096, "H": 4096, "P": 100}
 _NEEDED = ("num_spks", "sample_rate", "modules")  # and what they refer to
 _TRAINING_OPTIONS = ("dropout", "activation_checkpointing")  # of the modules, but no checkpoint fixes them
 
@@ -250,7 +258,9 @@ def read_model(folder):
     for name, module in modules.items():
         path = folder / f"{name}.ckpt"
         _fill(module, _read_state(path), f"{path} does not fit {_HPARAMS_FILE}")
-    return {name: module.float() for name, module in modules.items()}, sample_rate
+    modules = {name: module.float() for name, module in modules.items()}
+    _check_separates(modules, folder)
+    return modules, sample_rate
 
 
 def load_weights(folder, modules):
@@ -409,9 +419,12 @@ def _read_plan(text, where):
     try:
         # The parser that resolve_references uses, so that both see the same tags: it would open the files of
         # !include: and call the functions of !applyref:.
-        for tag in _tags(YAML().compose(text)):
+        tree = YAML().compose(text)
+        for tag in _tags(tree):
             if not tag.startswith(_PLAN_PREFIXES) and tag not in ("!ref", "!copy", *_PLAIN_TAGS):
                 raise ValueError(f"the tag {tag} is not allowed in a model folder")
+        if _written_out(tree) > _MAX_YAML_BYTES:
+            raise ValueError("its aliases and references, written out, are too long for a model's wiring")
         plan = yaml.load(resolve_references(text), Loader=_PlanLoader)
     except Exception as error:  # a text from anywhere can fail in any way
         raise ValueError(f"{where} cannot be read: {error}.") from None
@@ -434,12 +447,41 @@ def _tags(node):
                 nodes.extend(child if isinstance(child, tuple) else (child,))
 
 
+def _written_out(tree):
+    """About how many characters a YAML has, once its aliases and references are written out."""
+    top_level = {key.value: value for key, value in tree.value} if isinstance(tree.value, list) else {}
+    sizes = {}
+
+    def size(node):
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # until it is known: what holds itself has no end
+            if isinstance(node.value, list):
+                children = [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
+                sizes[id(node)] = 1 + sum(map(size, children))
+            else:
+                names = re.findall(r"<([^<>\[.]+)", node.value) if node.tag in ("!ref", "!copy") else ()
+                sizes[id(node)] = (
+                    1 + len(node.value) + sum(size(top_level[name]) for name in names if name in top_level)
+                )
+        return sizes[id(node)]
+
+    return size(tree)
+
+
 def _build_modules(plan, where):
     """The three modules that the YAML's ``modules`` name. Their weights mean nothing yet."""
     with torch.random.fork_rng(devices=[]):
-        return {
+        modules = {
             name: _build(plan["modules"].get(name), classes, f"{where}: {name}") for name, classes in _CLASSES.items()
         }
+    conv, decoder = modules["encoder"].conv1d, modules["decoder"]
+    ours, expected = (decoder.kernel_size, decoder.stride), (conv.kernel_size, conv.stride)
+    if ours != expected or decoder.padding != (0,) or decoder.output_padding != (0,) or decoder.dilation != (1,):
+        raise ValueError(
+            f"{where}: the decoder can only have the encoder's kernel and stride {expected}, no padding, dilation 1, "
+            f"but got {ours}, padding {decoder.padding} and {decoder.output_padding}, dilation {decoder.dilation}."
+        )
+    return modules
 
 
 def _build(plan, classes, where):
@@ -456,6 +498,10 @@ def _build(plan, classes, where):
             if name not in arguments:
                 raise ValueError(f"{where} must give {name}.")
             arguments[name] = _build(arguments[name], _CHUNK_MODELS, f"{where}.{name}")
+    for name, value in arguments.items():
+        limit = _LIMITS.get(name, _LIMIT)
+        if isinstance(value, int | float) and not abs(value) <= limit:
+            raise ValueError(f"{where}: {name} can only be up to {limit}, but got {value}.")
     if built_class is SBRNNBlock and arguments.get("rnn_type", "LSTM") not in _RNN_TYPES:
         raise ValueError(f"{where}: rnn_type can only be {', '.join(_RNN_TYPES)}, but got {arguments['rnn_type']!r}.")
     # The meta device takes no memory, time or random numbers; SpeechBrain's Conv-TasNet cannot be built there.
@@ -467,14 +513,29 @@ def _build(plan, classes, where):
         raise ValueError(f"{where} cannot be built: {error}") from None
 
 
+def _read_text(path):
+    """The bytes of a YAML. A pipe would be waited for, and what is large is none."""
+    try:
+        mode, num_bytes = path.stat().st_mode, path.stat().st_size
+        if not stat.S_ISREG(mode) or num_bytes > _MAX_YAML_BYTES:
+            raise ValueError(f"{path} can only be a file of up to {_MAX_YAML_BYTES} bytes.")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+
+
 def _read_modules(folder):
     """The modules of a folder without weights, and its sample rate."""
     path = folder / _HPARAMS_FILE
-    text = path.read_bytes()
+    text = _read_text(path)
     plan = _read_plan(text, path)
     sample_rate = plan.get("sample_rate", 8000)  # old published folders do not tell it
-    if type(sample_rate) is not int or sample_rate < 1:
-        raise ValueError(f"{path}: sample_rate must be a whole number of Hz, but got {sample_rate!r}.")
+    if type(sample_rate) is not int or not 1 <= sample_rate <= MAX_SAMPLE_RATE:
+        raise ValueError(
+            f"{path}: sample_rate must be a whole number of Hz up to {MAX_SAMPLE_RATE}, but got {sample_rate!r}."
+        )
     modules = _build_modules(plan, path)
     for tag in _tags(YAML().compose(text)):
         if tag.startswith(_PLAN_PREFIXES) and not tag.partition(":")[2].startswith(_NOT_BUILT):
@@ -494,7 +555,7 @@ def _find_folder(source):
                 f"The model folder {source} was not found; expected a local folder with {expected}, or its name on "
                 f"the Hugging Face hub, which did not give it: {_download_fault(error)}"
             ) from None
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         raise ValueError(f"The model folder {source} was not found; expected a local folder with {expected}.")
     exported = Path(source) / EXPORTED_FOLDER
     if exported.is_dir() and not (Path(source) / _FILES[1]).exists():
@@ -517,15 +578,31 @@ def _read_state(path):
         raise ValueError(f"The model folder {path.parent} holds no {path.name}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose advice is to load it all the same
+        raise ValueError(f"{path} is no checkpoint of weights alone: it holds other things, or is damaged.") from None
     except Exception as error:  # a broken file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of weights alone: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} is no checkpoint: expected tensors by name, but got {type(state).__name__}.")
     for key, tensor in state.items():
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {key} can only be floating-point numbers, but got {tensor.dtype}.")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {key} {list(tensor.shape)} is larger than what the file holds of it.")
         if not tensor.isfinite().all():
             raise ValueError(f"{path} holds weights that are NaN or infinite, first in {key}.")
     return state
+
+
+@torch.no_grad()
+def _check_separates(modules, folder):
+    """Refuse a model that cannot separate: its parts may not fit each other, whatever their weights."""
+    mixture = torch.zeros(1, 2 * modules["encoder"].conv1d.kernel_size[0])  # [1, T]
+    try:
+        separate(**modules, mixture=mixture)
+    except Exception as error:  # the parts may be anything
+        raise ValueError(f"The model of {folder} does not separate: {str(error).splitlines()[0]}") from None
 
 
 def _check_state(state, module, fault):

@@ -15,6 +15,7 @@ import soxr
 
 _BLOCK_SAMPLES = 2**22  # the most that are read at once, of all channels together
 _MANY_BYTES = 2**40
+_MIN_RATE, _MAX_RATE = 100, 10_000_000  # Hz; a header with another is damaged
 _UNKNOWN_SIZE = 0xFFFFFFFF  # in a wav's header: until the file ends
 
 
@@ -168,6 +169,9 @@ class Recording:
                     self.num_frames = file.frames
             if self.num_frames == 0:
                 raise ValueError(f"{self.name} is empty: it has no samples.")
+            if not _MIN_RATE <= self.sample_rate <= _MAX_RATE:
+                expected = f"{_MIN_RATE} to {_MAX_RATE} Hz"
+                raise ValueError(f"{self.name}: its sample rate can only be {expected}, but got {self.sample_rate}.")
         except BaseException:
             self._closing.close()
             raise
@@ -208,7 +212,7 @@ class Recording:
         """
         if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | np.integer) or sample_rate < 1:
             raise ValueError(f"sample_rate can only be a whole number of Hz, but got {sample_rate!r}.")
-        if channel is not None and (isinstance(channel, bool) or channel not in range(1, self.num_channels + 1)):
+        if channel is not None and (type(channel) is not int or not 1 <= channel <= self.num_channels):
             raise ValueError(f"channel can only be 1 to {self.num_channels} in {self.name}, but got {channel!r}.")
         if not block_seconds > 0:
             raise ValueError(f"block_seconds must be positive, but got {block_seconds!r}.")
@@ -338,6 +342,8 @@ class _Stream:
             start, num_bytes = self._stream.tell(), 0
             while num_bytes < len(buffer):
                 piece = self._stream.read(len(buffer) - num_bytes)
+                if piece is None:
+                    raise OSError("it gave no data yet: a non-blocking file cannot be read")
                 if not piece:
                     break
                 buffer[num_bytes : num_bytes + len(piece)] = piece

@@ -105,7 +105,7 @@ def find_recordings(sources, output):
             found.append((None, Path()))
         elif not source:
             raise RunError("The name of a recording can only be a path, but got an empty one.")
-        elif not path.is_dir():
+        elif not os.path.isdir(path):  # a Path raises where it may not look
             found.append((path, Path()))
         else:
             for file in _walk(path):
@@ -286,9 +286,13 @@ def main(argv=None):
     2
     """
     arguments = _parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
     try:
-        return _separate_all(arguments, rank, int(os.environ.get("WORLD_SIZE", "1")))
+        rank, world_size = _place_among_ranks()
+        return _separate_all(arguments, rank, world_size)
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 1
     except RunError as error:
         if rank:  # if it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile
             time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
@@ -299,9 +303,17 @@ def main(argv=None):
         return 130
 
 
+def _place_among_ranks():
+    """This process's rank and their number, as torchrun and others tell."""
+    given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(value.isdecimal() for value in given) or int(given[0]) >= int(given[1]):
+        raise RunError(f"RANK can only be 0 to WORLD_SIZE - 1, but the environment has {given[0]!r} of {given[1]!r}.")
+    return int(given[0]), int(given[1])
+
+
 def _separate_all(arguments, rank, world_size):
     output = arguments.output
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise RunError(f"The voices go to a folder, but {output} is a file.")
     found, notes = find_recordings(arguments.recordings, output)
     tasks = plan_outputs(found, output)
@@ -318,7 +330,7 @@ def _separate_all(arguments, rank, world_size):
         raise RunError("--jobs and torchrun both make processes: use one of them.")
     model = find_model(arguments.model)
     if rank == 0:
-        print(f"model: {model}", flush=True)
+        print(f"model: {_printable(model)}", flush=True)
 
     own = tasks[rank::world_size]
     report = _Report(own, has_bars=world_size == 1)
@@ -499,12 +511,16 @@ def _join_ranks(counts, rank, world_size):
 def _walk(folder):
     """The files of a folder and of all in it, links followed but none twice, sorted; nothing hidden."""
     seen = set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    for place, subfolders, names in os.walk(folder, onerror=_cannot_look, followlinks=True):
         real = os.path.realpath(place)
         subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
         if real not in seen:
             yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
         seen.add(real)
+
+
+def _cannot_look(error):
+    raise RunError(f"{error.filename} cannot be searched: {error.strerror}.")
 
 
 def _death(exit_code):

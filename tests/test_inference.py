@@ -28,6 +28,8 @@ def separator(tmp_path_factory):
 
 
 def test_missing_device(tmp_path):
+    with pytest.raises(ValueError, match="device can only be one that computes, but got 'meta'"):
+        SepformerDSDSeparation.from_hparams(make_export(tmp_path / "exported"), run_opts={"device": "meta"})
     with pytest.raises(ValueError, match="device can only be one of this machine, but got 'tpu9'"):
         SepformerDSDSeparation.from_hparams(make_export(tmp_path / "exported"), run_opts={"device": "tpu9"})
 
@@ -439,6 +441,7 @@ def test_a_stream_after_silence_begins_at_its_level(separator, monkeypatch):
 def test_streams_of_faint_silent_and_bad_audio(separator):
     assert list(separator.stream([])) == []
     assert list(separator.stream([np.zeros(0)])) == []
+    assert torch.cat(list(separator.stream([torch.ones(9000, dtype=torch.bfloat16)]))).shape == (9000, 2)
     voices = torch.cat(list(separator.stream([np.zeros(9000), 1e-6 * np.ones(9000)])))
     assert voices.isfinite().all()
     assert voices[:4000].count_nonzero() == 0
@@ -459,7 +462,10 @@ def test_windows_that_are_too_short_are_refused(tmp_path, separator):
     for seconds in (0.0, -1.0, 0.001, math.nan, math.inf, "16"):
         with pytest.raises(ValueError, match=r"window_seconds can only be a number from 0\.1 on"):
             separator.separate_file(tmp_path / "mix.wav", window_seconds=seconds)
-    for stem in ("../mix", "a/b", "/mix"):
+    for rate in (2**31, 10**30):
+        with pytest.raises(ValueError, match="sample_rate can only be a whole number of Hz up to 768000"):
+            separator.separate_to_files(tmp_path / "mix.wav", tmp_path / "out", sample_rate=rate)
+    for stem in ("../mix", "a/b", "/mix", "a\0"):
         with pytest.raises(ValueError, match="stem can only be"):
             separator.separate_to_files(tmp_path / "mix.wav", tmp_path / "out", stem=stem)
 

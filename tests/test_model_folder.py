@@ -34,6 +34,10 @@ OPTIONS = {**TINY_MODEL, "num_spks": 2, "sample_rate": 8000, "dropout": 0.0, "d_
 RECIPE = HPARAMS.read_text(encoding="utf-8")
 MODEL = "num_spks: 2\nsample_rate: 8000\n" + RECIPE[RECIPE.index("\nnum_filters: ") : RECIPE.index("\npit_loss: ")]
 
+# Short texts that are long once they are written out.
+BOMB = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 11))
+REFERENCES = "".join(f"a{i}: !ref {f'<a{i - 1}>' * 10}\n" for i in range(1, 11))
+
 # The form of the folders that SpeechBrain has published, with its own class for the mask network.
 PUBLISHED = """
 # Parameters
@@ -491,7 +495,16 @@ def test_export_refuses_options_that_do_not_fit(tmp_path):
         ("# Parameters", "{", "cannot be read"),
         ("num_spks: 3", "num_spks: !PLACEHOLDER", "!PLACEHOLDER"),
         ("kernel_size: 16\n", "kernel_size: !ref <kernel_size>\n", "cannot be read"),
-        ("num_spks: 3", "num_spks: 3\nsample_rate: fast", "sample_rate must be a whole number of Hz, but got 'fast'"),
+        ("num_spks: 3", "num_spks: 3\nsample_rate: fast", "sample_rate must be a whole number of Hz"),
+        ("num_spks: 3", "num_spks: 3\nsample_rate: 2147483648", "up to 768000, but got 2147483648"),
+        ("num_layers: 2\n  d_model", "num_layers: 100000000\n  d_model", "num_layers can only be up to 100, but"),
+        ("  K: 20", "  K: 1000000000", "K can only be up to 100000, but got 1000000000"),
+        ("stride: !ref <kernel_size> // 2", "stride: 7", "but got ((16,), (7,))"),
+        ("stride: !ref <kernel_size> // 2", "stride: 0", "but got ((16,), (0,))"),
+        ("# Parameters", "b0: &b0 [x, x]\n" + BOMB, "written out, are too long"),
+        ("# Parameters", "a0: xxxxxxxxxx\n" + REFERENCES, "written out, are too long"),
+        ("# Parameters", "a: &a [*a]", "written out, are too long"),
+        ("# Parameters", "#" * 2**20, "up to 1048576 bytes"),
     ],
 )
 def test_yaml_is_refused_and_runs_nothing(tmp_path, monkeypatch, old, new, tag):
@@ -735,3 +748,32 @@ def test_fine_tuning_refuses_another_model(exported, changes, message):
     for name, module in modules.items():
         for key, tensor in module.state_dict().items():
             assert torch.equal(tensor, before[name][key])
+
+
+def test_a_yaml_that_is_no_file(tmp_path):
+    folder = make_published(tmp_path / "model")
+    (folder / "hyperparams.yaml").unlink()
+    os.mkfifo(folder / "hyperparams.yaml")  # which a reader would wait for
+    with pytest.raises(ValueError, match="can only be a file"):
+        read_model(folder)
+    (folder / "hyperparams.yaml").unlink()
+    (folder / "hyperparams.yaml").mkdir()
+    with pytest.raises(ValueError, match="can only be a file"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.to(torch.complex64), "can only be floating-point numbers, but got torch.complex64"),
+        (lambda weight: weight.to(torch.int64), "can only be floating-point numbers, but got torch.int64"),
+        (lambda weight: weight.to_sparse(), "can only be floating-point numbers"),
+        (lambda weight: weight[:1, :1, :1].expand(10**6, 10**6, 1), "is larger than what the file holds of it"),
+    ],
+)
+def test_weights_that_are_no_weights(tmp_path, change, message):
+    folder = make_published(tmp_path / "model")
+    state = torch.load(folder / "encoder.ckpt", weights_only=True)
+    torch.save({key: change(weight) for key, weight in state.items()}, folder / "encoder.ckpt")
+    with pytest.raises(ValueError, match=message):
+        read_model(folder)

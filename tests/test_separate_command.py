@@ -535,3 +535,29 @@ def test_full_disk(here):
                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))  # fmt: skip
     assert err == ["error: long.wav: out/long_spk1.wav: File too large"]
     assert tree("out") == ["short_spk1.wav", "short_spk2.wav"]
+
+
+@pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("5", None), ("x", "2"), ("0", "none"), ("-1", "2")])
+def test_ranks_that_cannot_be(monkeypatch, capsys, rank, size):
+    """Nothing may be left out without a word."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert separate.main(["a.wav"]) == 2
+    assert "RANK can only be 0 to WORLD_SIZE - 1" in capsys.readouterr().err
+
+
+def test_names_that_are_too_long(here, model, capsys):
+    name = 300 * "a"
+    assert separate.main([name, "--model", str(model)]) == 1
+    assert "File name too long" in capsys.readouterr().err
+    for options in (["-o", name], ["--model", name]):
+        assert separate.main(["x.wav", "--model", str(model), *options]) in (1, 2)
+        assert "too long" in (error := capsys.readouterr().err) or "was not found" in error
+
+
+def test_nobody_reads_on(here, model):
+    """As with ``| head -0``: no traceback."""
+    soundfile.write(here / "a.wav", speech_like(800), 8000)
+    command = f"{sys.executable} -m dsd_modules.separate a.wav --model '{model}' | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, check=True, text=True)
+    assert "Traceback" not in result.stderr
