@@ -71,6 +71,8 @@ class SepformerDSDSeparation:
         Of the recordings it was trained with, Hz.
     device : str or torch.device
         Where it computes.
+    precision : str
+        ``"fp32"``, or ``"bf16"``: faster where the device has it, for a difference of about -40 dB.
 
     Attributes
     ----------
@@ -82,7 +84,7 @@ class SepformerDSDSeparation:
     Raises
     ------
     ValueError
-        If the device does not exist.
+        If the device does not exist, or the precision is another.
 
     Example
     -------
@@ -98,7 +100,9 @@ class SepformerDSDSeparation:
     torch.Size([2, 1000, 3])
     """
 
-    def __init__(self, modules, sample_rate, device="cpu"):
+    def __init__(self, modules, sample_rate, device="cpu", precision="fp32"):
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision can only be 'fp32' or 'bf16', but got {precision!r}.")
         try:
             self.device = torch.empty(0, device=device).device
         except (AssertionError, RuntimeError) as error:  # torch raises either
@@ -106,7 +110,7 @@ class SepformerDSDSeparation:
         if self.device.type == "meta":
             raise ValueError("device can only be one that computes, but got 'meta'.")
         self.mods = torch.nn.ModuleDict(modules).to(self.device).eval().requires_grad_(False)
-        self.sample_rate = sample_rate
+        self.sample_rate, self.precision = sample_rate, precision
         self.num_spks = self.mods["masknet"].num_spks
         self.num_blocks = self.mods["masknet"].num_layers
 
@@ -123,7 +127,7 @@ class SepformerDSDSeparation:
         savedir : str, optional
             Not used: SpeechBrain's calls name it.
         run_opts : dict, optional
-            ``{"device": "cuda"}``; without it the CPU.
+            ``{"device": "cuda", "precision": "bf16"}``; without them the CPU and fp32.
 
         Returns
         -------
@@ -136,7 +140,8 @@ class SepformerDSDSeparation:
             these kinds or asks for anything to be run, or its weights do not fit.
         """
         modules, sample_rate = read_model(source)
-        return cls(modules, sample_rate, (run_opts or {}).get("device") or "cpu")
+        run_opts = run_opts or {}
+        return cls(modules, sample_rate, run_opts.get("device") or "cpu", run_opts.get("precision") or "fp32")
 
     @torch.no_grad()
     def separate_batch(self, mix, lengths=None, num_blocks=None, exit_si_sdr_db=None):
@@ -389,6 +394,10 @@ class SepformerDSDSeparation:
 
     def _run(self, mix, lengths, num_blocks, exit_si_sdr_db):
         """Estimates [B, N, T] of mixtures [B, T], and the number of blocks that were run for each item."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._run_blocks(mix, lengths, num_blocks, exit_si_sdr_db)
+
+    def _run_blocks(self, mix, lengths, num_blocks, exit_si_sdr_db):
         num_samples, kernel = mix.shape[1], self.mods["encoder"].conv1d.kernel_size[0]
         mix = torch.nn.functional.pad(mix, (0, max(0, kernel - num_samples)))  # [B, max(T, kernel)]
         lengths = None if lengths is None else lengths.clamp(min=kernel)

@@ -409,7 +409,8 @@ def _load(model, arguments, num_processes=1):
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with mistakes_as_run_errors():
-        separator = SepformerDSDSeparation.from_hparams(model, run_opts={"device": device})
+        run_opts = {"device": device, "precision": arguments.precision}
+        separator = SepformerDSDSeparation.from_hparams(model, run_opts=run_opts)
         options = {"num_blocks": arguments.blocks, "exit_si_sdr_db": arguments.exit_si_sdr_db}
         if any(value is not None for value in options.values()):
             separator.separate_batch(torch.zeros(1, 1000), **options)
@@ -592,6 +593,12 @@ def _parser():
         help="of the voices: the recording's own or so many Hz (default: the model's)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16: faster where the device has it (default: fp32)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace voices that are there already")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="number of processes (default: 1)")
     return parser

@@ -379,6 +379,21 @@ def test_num_blocks(tmp_path, num_blocks):
             separator.separate_batch(mixture, num_blocks=wrong)
 
 
+def test_bf16(tmp_path):
+    """Near fp32, but not equal to it; early exit as well."""
+    modules = make_modules(num_blocks=3)
+    full, half = (SepformerDSDSeparation(modules, 8000, precision=precision) for precision in ("fp32", "bf16"))
+    mixture = torch.randn(2, 4000)
+    for options in ({}, {"lengths": [4000, 700]}, {"num_blocks": 1}, {"exit_si_sdr_db": -90.0}):
+        expected, estimates = full.separate_batch(mixture, **options), half.separate_batch(mixture, **options)
+        assert estimates.dtype == torch.float32
+        error = (estimates - expected).square().sum() / expected.square().sum()
+        assert 1e-7 < error < 1e-3
+    assert half.separate_batch(torch.zeros(1, 900)).isfinite().all()
+    with pytest.raises(ValueError, match="precision can only be 'fp32' or 'bf16', but got 'int8'"):
+        SepformerDSDSeparation.from_hparams(make_export(tmp_path / "exported"), run_opts={"precision": "int8"})
+
+
 def test_early_exit_of_each_item_and_window(tmp_path):
     modules = make_modules(num_blocks=4)
     separator = SepformerDSDSeparation(modules, 8000)

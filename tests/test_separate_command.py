@@ -410,8 +410,8 @@ def test_device(monkeypatch, device, has_gpu, local_rank, expected):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    separate._load("x", argparse.Namespace(device=device, blocks=None, exit_si_sdr_db=None))
-    assert given == [{"device": expected}]
+    separate._load("x", argparse.Namespace(device=device, precision="fp32", blocks=None, exit_si_sdr_db=None))
+    assert given == [{"device": expected, "precision": "fp32"}]
 
 
 def test_standard_input(here):
