@@ -39,7 +39,7 @@ def find_exported(folder):
     -------
     >>> find_exported("no/such/run")
     Traceback (most recent call last):
-    ValueError: no/such/run holds no trained model: expected the folder of a run that was tested, or an exported one.
+    ValueError: The folder no/such/run was not found.
     """
     folder = Path(folder)
     for exported in (folder, folder / EXPORTED_FOLDER):
@@ -47,6 +47,8 @@ def find_exported(folder):
             place = exported.resolve()
             is_of_run = place.name == EXPORTED_FOLDER and (place.parent / _HISTORY).exists()
             return exported, place.parent if is_of_run else None
+    if not folder.is_dir():
+        raise ValueError(f"The folder {folder} was not found.")
     expected = "expected the folder of a run that was tested, or an exported one"
     raise ValueError(f"{folder} holds no trained model: {expected}.")
 

@@ -299,6 +299,8 @@ class Recording:
                 file = closing.enter_context(_ForwardFile(source.fileno() if by_itself else stream, closefd=False))
             except soundfile.LibsndfileError as error:
                 stream.raise_fault(self.name)
+                if source.seek(0, os.SEEK_END) == 0:
+                    raise ValueError(f"{self.name} is empty: it has no bytes.") from None
                 raise ValueError(f"{self.name} cannot be read as audio: {_reason(error)}") from None
             yield file, stream
 

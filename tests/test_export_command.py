@@ -228,10 +228,11 @@ def test_a_card_that_is_there_stays(tmp_path):
 
 def test_mistakes_are_sentences(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "none"):
-        assert fails(capsys, folder) == (
-            f"error: {folder} holds no trained model: expected the folder of a run that was tested, or an exported one."
-        )
+    assert fails(capsys, tmp_path / "empty") == (
+        f"error: {tmp_path / 'empty'} holds no trained model: expected the folder of a run that was tested, or an "
+        "exported one."
+    )
+    assert fails(capsys, tmp_path / "none") == f"error: The folder {tmp_path / 'none'} was not found."
     exported = make_export(tmp_path / "exported")
     before = contents(exported)
     assert "A licence can only be an identifier" in fails(capsys, exported, "--licence", "my own")

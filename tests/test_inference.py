@@ -226,7 +226,7 @@ def test_unreadable_recordings_name_the_file(tmp_path, separator):
     (tmp_path / "text.wav").write_text("no audio at all")
     refused("text.wav", "cannot be read as audio")
     (tmp_path / "nothing.wav").write_bytes(b"")
-    refused("nothing.wav", "cannot be read as audio")
+    refused("nothing.wav", "is empty")
     (tmp_path / "headerless.raw").write_bytes(bytes(100))
     refused("headerless.raw", "cannot be read as audio")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)

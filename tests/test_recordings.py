@@ -239,14 +239,17 @@ def test_what_is_no_recording(tmp_path):
     refused(tmp_path / "link.wav", "was not found")
     (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
     refused(tmp_path / "loop.wav", "cannot be read: Too many levels of symbolic links")
-    for name, data in (("text.wav", b"no audio at all"), ("nothing.wav", b""), ("samples.raw", bytes(1000))):
+    for name, data in (("text.wav", b"no audio at all"), ("samples.raw", bytes(1000))):
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name, "cannot be read as audio: Format not recognised")
         refused(data, "cannot be read as audio", "recording")
+    (tmp_path / "nothing.wav").touch()
+    refused(tmp_path / "nothing.wav", "is empty: it has no bytes")
+    refused(b"", "is empty: it has no bytes", "recording")
     for format in ("WAV", "FLAC", "OGG", "MP3"):
         path = tmp_path / f"empty.{format.lower()}"
         path.write_bytes(content(noise(0), 8000, format=format))
-        refused(path, "is empty: it has no samples|cannot be read as audio")
+        refused(path, "is empty|cannot be read as audio")
     # An empty one that other chunks follow.
     data = bytearray(content(noise(0), 8000)) + b"LIST" + struct.pack("<I", 4) + b"INFO"
     data[4:8] = struct.pack("<I", len(data) - 8)

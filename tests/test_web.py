@@ -376,7 +376,7 @@ def test_faults_are_told_and_nothing_is_lost(tmp_path, server, visit):
     soundfile.write(tmp_path / "nan.wav", np.full(800, math.nan), 8000, subtype="FLOAT")
     for name, message in (
         ("text.wav", "text.wav cannot be read as audio"),
-        ("nothing.wav", "nothing.wav cannot be read as audio"),
+        ("nothing.wav", "nothing.wav is empty"),
         ("empty.wav", "empty.wav is empty: it has no samples."),
         ("nan.wav", "nan.wav holds samples that are NaN or infinite"),
     ):
