@@ -272,7 +272,7 @@ def test_a_bad_file_and_the_rest(here, run):
         "error: The audio file missing.wav was not found.",
         "error: day/broken.wav cannot be read as audio: Format not recognised.",
         "error: day/bug.wav: TypeError: a bug",
-        "error: day/empty.wav cannot be read as audio: Format not recognised.",
+        "error: day/empty.wav is empty: it has no bytes.",
         "error: day/fifo.wav is not a regular file; open it and give the file object.",
         "error: The audio file day/gone.wav was not found.",
         "error: day/memory.wav: MemoryError",
@@ -311,7 +311,7 @@ def test_names_are_printed_on_one_line(here, run):
     (here / "day" / "b\n.wav").write_text("")
     out, err = run("day", code=1)
     assert out[0].startswith("day/a\\n\\udcff\\x1b[31m.wav")
-    assert err == ["error: day/b\\n.wav cannot be read as audio: Format not recognised."]
+    assert err == ["error: day/b\\n.wav is empty: it has no bytes."]
     assert len(tree("out")) == 2
 
 
@@ -438,7 +438,7 @@ def test_processes(here):
     out, err = program("day", "--jobs", 3, "--model", "x", code=1)
     assert sorted(line.split()[0] for line in out[1:-1]) == [f"day/{number}.wav" for number in range(7)]
     assert out[-1] == "8 recordings: 7 separated, 1 failed"
-    assert err == ["error: day/broken.wav cannot be read as audio: Format not recognised."]
+    assert err == ["error: day/broken.wav is empty: it has no bytes."]
     assert len(tree("out")) == 14
     assert program("day", "--jobs", 3, "--model", "wrong", code=2)[1] == ["error: The model is wrong."]
 
@@ -464,7 +464,7 @@ def test_ranks(here):
     command = [*TORCHRUN, RUN[1]]
     done = subprocess.run([*command, "day", "--model", "x"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "error: day/1.wav cannot be read as audio" in done.stderr
+    assert "error: day/1.wav is empty: it has no bytes" in done.stderr
     lines = done.stdout.splitlines()
     assert sorted(line.split()[0] for line in lines) == [
         "5",
