@@ -505,7 +505,10 @@ def test_a_program_that_is_ended_leaves_no_part_of_a_voice(here, jobs, sent, cod
     for name in names:
         write(here / f"{name}.wav", 3)
     command = [*RUN, *(f"{name}.wav" for name in names), "--model", "x", "--jobs", str(jobs)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    # Tests that a shell runs in the background inherit that SIGINT is ignored.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
         begun(here / "out", names)
         assert len(tree("out")) == 2 * jobs
         if sent == signal.SIGINT:
