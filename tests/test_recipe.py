@@ -156,9 +156,12 @@ def test_a_run_leaves_results_report_examples_and_model(whole_run):
         assert float(rows[-1][column]) == pytest.approx(mean, abs=1e-3)
     assert (whole_run / "report.png").stat().st_size > 10_000
     assert {path.name for path in (whole_run / "exported").iterdir()} == {
+        "README.md",
         "hyperparams.yaml",
         *(f"{name}.ckpt" for name in MODULES),
     }
+    card = (whole_run / "exported" / "README.md").read_text()
+    assert f"| test set | 5 | {float(rows[-1]['si_sdri']):.2f} |" in card
     assert len(list((whole_run / "examples").glob("*.wav"))) == 5
 
 
