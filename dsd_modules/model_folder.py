@@ -598,7 +598,8 @@ def _read_state(path):
 @torch.no_grad()
 def _check_separates(modules, folder):
     """Refuse a model that cannot separate: its parts may not fit each other, whatever their weights."""
-    mixture = torch.zeros(1, 2 * modules["encoder"].conv1d.kernel_size[0])  # [1, T]
+    num_samples = 2 * modules["encoder"].conv1d.kernel_size[0]
+    mixture = torch.zeros(1, num_samples, dtype=torch.float32)  # [1, T], whatever the default is
     try:
         separate(**modules, mixture=mixture)
     except Exception as error:  # the parts may be anything
