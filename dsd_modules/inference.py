@@ -1,6 +1,7 @@
 """Separate batches, recordings of any length and streams with a trained model."""
 
 import contextlib
+import copy
 import itertools
 import math
 import tempfile
@@ -109,8 +110,14 @@ class SepformerDSDSeparation:
             raise ValueError(f"device can only be one of this machine, but got {device!r}: {error}") from None
         if self.device.type == "meta":
             raise ValueError("device can only be one that computes, but got 'meta'.")
+        if precision == "bf16":
+            modules = copy.deepcopy(modules)  # the caller's stay in float32
         self.mods = torch.nn.ModuleDict(modules).to(self.device).eval().requires_grad_(False)
         self.sample_rate, self.precision = sample_rate, precision
+        if precision == "bf16":  # once; autocast alone would convert them at each call
+            for module in self.mods["masknet"].modules():
+                if isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention)):
+                    module.bfloat16()
         self.num_spks = self.mods["masknet"].num_spks
         self.num_blocks = self.mods["masknet"].num_layers
 
