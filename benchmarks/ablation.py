@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from dsd_modules.data.generate import generate_synthetic, mix_recordings
 from dsd_modules.evaluation import read_results
-from dsd_modules.files import lock_folder, write_whole
 from dsd_modules.options import read_options
+from shared_modules.files import lock_folder, write_whole
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/LibriMix/separation"
 KEY = ("regime", "arm", "seed")

@@ -7,10 +7,10 @@ from ablation_plan import ARMS, DSD_LO, PLAIN_PIT
 from dsd_modules.data.wavs import WavReader
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.evaluation import read_results
-from dsd_modules.files import write_whole
 from dsd_modules.options import read_options
 from dsd_modules.report import draw_separations
 from dsd_modules.results import separate_example
+from shared_modules.files import write_whole
 
 
 def write_examples(output):

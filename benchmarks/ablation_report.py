@@ -18,9 +18,9 @@ import matplotlib
 from ablation_figures import blocks, differences, label_switches, learning_curves
 from ablation_plan import ARMS, DSD_LO, PLAIN_PIT, REGIMES, Run
 
-from dsd_modules.files import write_whole
 from dsd_modules.report import STYLE, epoch_series
-from dsd_modules.statistics import Interval, speaker_bootstrap, t_interval
+from shared_modules.files import write_whole
+from shared_modules.statistics import Interval, speaker_bootstrap, t_interval
 
 _MAIN = REGIMES["main"].label
 _BY_EPOCH = {

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from dsd_modules.data.wavs import WavReader
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.evaluation import score_batch
-from dsd_modules.files import write_whole
 from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.report import BLUE, GREY, ORANGE, STYLE, block_colors
 from dsd_modules.separator import separate, separate_until
-from dsd_modules.statistics import t_interval
+from shared_modules.files import write_whole
+from shared_modules.statistics import t_interval
 
 THRESHOLDS_DB = (12, 16, 20, 25)
 

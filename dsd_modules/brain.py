@@ -11,8 +11,6 @@ import torch
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from tqdm import tqdm
 
-from dsd_modules.distributed import all_gather, get_rank, world_size
-from dsd_modules.errors import RunError
 from dsd_modules.evaluation import best_permutations, score_batch, write_results
 from dsd_modules.groups import overlap_ratio
 from dsd_modules.losses import is_silent, pairwise_neg_si_sdr
@@ -21,6 +19,8 @@ from dsd_modules.quality import QualityScorer
 from dsd_modules.report import draw_separation
 from dsd_modules.sampling import EvaluationBatches, TrainingBatches
 from dsd_modules.separator import separate
+from shared_modules.distributed import all_gather, get_rank, world_size
+from shared_modules.errors import RunError
 
 # How many validation mixtures TensorBoard shows.
 NUM_EXAMPLES = 3

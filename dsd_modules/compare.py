@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsd_modules.evaluation import read_results
-from dsd_modules.files import write_whole
 from dsd_modules.report import (
     BLUE,
     ORANGE,
@@ -26,7 +25,8 @@ from dsd_modules.report import (
     plot_by_epoch,
     read_history,
 )
-from dsd_modules.statistics import t_interval
+from shared_modules.files import write_whole
+from shared_modules.statistics import t_interval
 
 _CAVEAT = (
     "The intervals are over the mixtures of this one test set, and each side is one training run: they say\n"

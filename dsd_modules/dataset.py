@@ -6,7 +6,7 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 
 from dsd_modules.data.manifest import read_rows
-from dsd_modules.errors import DataError
+from shared_modules.errors import DataError
 
 
 def crop_start(num_samples, segment_samples, seed, sample_id, epoch=None):

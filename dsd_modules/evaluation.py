@@ -10,9 +10,9 @@ from torchmetrics.functional.audio import (
     signal_distortion_ratio,
 )
 
-from dsd_modules.files import read_table, write_whole
 from dsd_modules.losses import is_silent, length_mask, pairwise_neg_si_sdr
 from dsd_modules.permutation import reorder_estimates, solve_assignment
+from shared_modules.files import read_table, write_whole
 
 # Scores lie within +-100 dB: a perfect estimate would have an infinite one.
 _BOUND_DB = 100.0

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dsd_modules.files import write_whole
 from dsd_modules.losses import length_mask
+from shared_modules.files import write_whole
 
 _OVERLAP_BINS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
 

@@ -14,10 +14,10 @@ import torch
 
 from dsd_modules.levels import Levels
 from dsd_modules.model_folder import MAX_SAMPLE_RATE, read_model
-from dsd_modules.recordings import Recording, Resampler, resampled_length
 from dsd_modules.separator import check_early_exit, separate, separate_until
 from dsd_modules.voice_files import VoiceFiles
 from dsd_modules.windows import FollowedVoices, Windows
+from shared_modules.recordings import Recording, Resampler, resampled_length
 
 _HEARD_RMS = 0.05  # about that of LibriMix's mixtures
 _OVERLAP_SECONDS = 2.0  # of windows; at most a quarter of their length

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 
-from dsd_modules.distributed import all_reduce, get_rank, world_size
 from dsd_modules.sample_dropout import DROP, REORDER, Entries, decide, record
+from shared_modules.distributed import all_reduce, get_rank, world_size
 
 # "cascade" is PIT, then fixed assignments, then PIT again; the others are the rule's.
 POLICIES = ("none", "drop", "reorder", "cascade")

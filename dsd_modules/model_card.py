@@ -10,11 +10,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from speechbrain.lobes.models.dual_path import SBRNNBlock
 
 from dsd_modules.evaluation import read_results
-from dsd_modules.files import write_whole
 from dsd_modules.model_folder import CARD_FILE, read_model
-from dsd_modules.options import EXPECTED, is_hub_name, read_options
+from dsd_modules.options import EXPECTED, read_options
 from dsd_modules.report import epoch_series, read_history
 from dsd_modules.tasnet import ConvTasNetMaskNet
+from shared_modules.files import write_whole
+from shared_modules.options import is_hub_name
 
 UNKNOWN_LICENCE = "unknown"  # the hub's word where none was chosen
 ONNX_HEADING = "## ONNX: without PyTorch and without this project"

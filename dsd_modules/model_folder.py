@@ -22,11 +22,11 @@ from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import YAMLError
 from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBRNNBlock, SBTransformerBlock
 
-from dsd_modules.files import flush_to_disk, write_whole
 from dsd_modules.masknet import DualPathMaskNet
-from dsd_modules.options import is_hub_name
 from dsd_modules.separator import separate
 from dsd_modules.tasnet import ConvTasNetMaskNet
+from shared_modules.files import flush_to_disk, write_whole
+from shared_modules.options import is_hub_name
 
 # What a folder's YAML may name, and what is built for it. Nothing else is ever imported or called.
 _CLASSES = {
@@ -48,7 +48,7 @@ _RNN_TYPES = ("LSTM", "GRU", "RNN")  # SBRNNBlock would call whatever stands und
 _MODULES = tuple(_CLASSES)
 _PLAN_PREFIXES = ("!new:", "!name:")
 # A YAML may name more of these, as those of published folders do: it is not built. What else it names is refused.
-_NOT_BUILT = ("speechbrain.", "dsd_modules.", "torch.optim.")
+_NOT_BUILT = ("speechbrain.", "dsd_modules.", "shared_modules.", "torch.optim.")
 _PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
 }

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from dsd_modules.files import write_whole
 from dsd_modules.model_folder import onnx_name, read_model
 from dsd_modules.separator import separate
+from shared_modules.files import write_whole
 
 OPSET = 18  # onnxruntime 1.15 reads it, the oldest tried
 TOLERANCE = 1e-4  # of the largest sample of the estimates

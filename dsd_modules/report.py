@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
 
-from dsd_modules.files import read_table, write_whole
+from shared_modules.files import read_table, write_whole
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"

@@ -19,7 +19,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from dsd_modules.errors import RunError, mistakes_as_run_errors
+from shared_modules.errors import RunError, mistakes_as_run_errors
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read and the files were found.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsd_modules.files import flush_to_disk
+from shared_modules.files import flush_to_disk
 
 _UNKNOWN_SIZE = 0xFFFFFFFF  # in a wav's header: until the file ends
 

@@ -27,11 +27,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal.windows import hann
 
-from dsd_modules.errors import RunError, ends_in_one_sentence, mistakes_as_run_errors
 from dsd_modules.inference import SepformerDSDSeparation
-from dsd_modules.recordings import Recording
 from dsd_modules.report import BLUE
 from dsd_modules.separate import CHECKOUT, find_model
+from shared_modules.errors import RunError, ends_in_one_sentence, mistakes_as_run_errors
+from shared_modules.recordings import Recording
 
 EXAMPLES = {
     "Two speakers": Path(__file__).parent / "examples" / "two_speakers.flac",

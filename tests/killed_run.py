@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "LibriMix" / "separation"))
 import train
 
-from dsd_modules import checkpoints, tracking
+from shared_modules import checkpoints, tracking
 
 moment, number, *arguments = sys.argv[1:]
 calls = 0

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from dsd_modules import separate
-from dsd_modules.recordings import Recording
 from dsd_modules.voice_files import VoiceFiles
+from shared_modules.recordings import Recording
 
 
 @dataclass

@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import ablation_figures
 from ablation_report import Ablation, main, tables, write_report
 
-from dsd_modules.statistics import speaker_bootstrap
+from shared_modules.statistics import speaker_bootstrap
 
 # Test SI-SDRi of three mixtures by seed: the differences are 0.2, 0.4, 0.6 (seed 1) and 0.4, 0.4, 1.0 (seed 2).
 SCORES = {

@@ -13,8 +13,8 @@ import pyloudnorm
 import pytest
 import soundfile
 
-from dsd_modules.data import corpus, generate, librimix
 from dsd_modules.data.generate import generate_synthetic, main, mix_recordings
+from shared_modules import corpus, generate, librimix
 
 SETS = {"train-100": 5, "dev": 2, "test": 2}
 

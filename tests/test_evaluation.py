@@ -12,9 +12,9 @@ import torch
 
 from dsd_modules.compare import comparison_table
 from dsd_modules.evaluation import best_permutations, read_results, score_batch, write_results
-from dsd_modules.files import read_table, write_whole
 from dsd_modules.permutation import reorder_estimates
 from dsd_modules.quality import quality_columns
+from shared_modules.files import read_table, write_whole
 
 
 def make_batch(num_blocks=2, batch=3, num_spks=2, num_samples=4000, seed=0):

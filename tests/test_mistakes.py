@@ -11,7 +11,7 @@ from filelock import FileLock
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.dual_path import SepformerWrapper
 
-from dsd_modules import checkpoints, errors
+from shared_modules import checkpoints, errors
 
 
 def fails(recipe, message, **overrides):

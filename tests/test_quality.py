@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy.signal import resample_poly
 
-from dsd_modules.data.espeak import Voice, synthesize
 from dsd_modules.quality import QualityScorer, check_metrics, pesq_score, quality, quality_columns, stoi_score
+from shared_modules.espeak import Voice, synthesize
 
 VOICES = (Voice("en-us", "m3", 170, 45, 60), Voice("en-us", "f2", 165, 60, 60), Voice("en-us", "m1", 180, 30, 50))
 SENTENCE = "The old house by the river had been empty for many years."

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import soxr
 
-from dsd_modules.recordings import Recording, Resampler, resampled_length
+from shared_modules.recordings import Recording, Resampler, resampled_length
 
 
 def noise(num_samples, channels=1, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dsd_modules.statistics import Interval, speaker_bootstrap, t_interval
+from shared_modules.statistics import Interval, speaker_bootstrap, t_interval
 
 
 @pytest.mark.parametrize("number", [2, 3, 50])

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dsd_modules.data.corpus import make_corpus, share_of, split_of
-from dsd_modules.data.espeak import installed_paths
 from dsd_modules.data.librimix import MixSettings, import_pyloudnorm, mix_set, read_corpus
+from shared_modules.corpus import make_corpus, share_of, split_of
+from shared_modules.espeak import installed_paths
 
 GENERATOR_VERSION = 4  # raise it whenever the same settings give other bytes
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from dsd_modules.data.corpus import resample, run_parallel, write_csv
+from shared_modules.corpus import resample, run_parallel, write_csv
 
 _MAX_AMPLITUDE = 0.9
 _SPEECH_LUFS = (-33.0, -25.0)

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dsd_modules.files import write_whole
+from shared_modules.files import write_whole
 
 # libsndfile shortens the data of a wav to what the file holds, and tells only in its log. Lengths near 2 GiB and
 # above stand for "unknown" in wavs that were written to a pipe.

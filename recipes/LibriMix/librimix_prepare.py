@@ -27,7 +27,7 @@ from dsd_modules.data.manifest import (
     write_manifest,
 )
 from dsd_modules.data.wavs import WavReader
-from dsd_modules.files import write_whole
+from shared_modules.files import write_whole
 
 logger = logging.getLogger(__name__)
 

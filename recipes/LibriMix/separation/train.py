@@ -22,17 +22,18 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from dsd_modules.augmentation import Augmentation
 from dsd_modules.brain import SeparationBrain
 from dsd_modules.dataset import MixtureDataset, read_entries
-from dsd_modules.distributed import leave_group, run_on_main
 from dsd_modules.dynamic_mixing import DynamicMixing
-from dsd_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
-from dsd_modules.files import lock_folder
 from dsd_modules.losses import layerwise_loss
 from dsd_modules.model_card import write_card
 from dsd_modules.model_folder import export_model, load_weights, model_options
-from dsd_modules.options import check_options, check_resume, check_run_opts, read_options
+from dsd_modules.options import check_options, check_resume, read_options
 from dsd_modules.quality import check_metrics
 from dsd_modules.results import finish_run, results_table
 from dsd_modules.sample_dropout import REORDER
+from shared_modules.distributed import leave_group, run_on_main
+from shared_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
+from shared_modules.files import lock_folder
+from shared_modules.options import check_run_opts
 
 
 class Separation(SeparationBrain):

@@ -19,9 +19,9 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
-from dsd_modules.distributed import all_gather, get_rank
-from dsd_modules.errors import RunError
-from dsd_modules.files import flush_to_disk
+from shared_modules.distributed import all_gather, get_rank
+from shared_modules.errors import RunError
+from shared_modules.files import flush_to_disk
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import soundfile
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from dsd_modules.data.espeak import Voice, synthesize
+from shared_modules.espeak import Voice, synthesize
 
 SPLITS = ("train", "dev", "test")
 SAMPLE_RATE = 16000

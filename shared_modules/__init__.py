@@ -1,0 +1,1 @@
+"""What the recipes share: options, files, checkpoints, records, statistics, audio, synthetic voices."""
