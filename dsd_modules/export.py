@@ -8,10 +8,11 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
 from dsd_modules.model_card import UNKNOWN_LICENCE, amend_card, check_licence, write_card
-from dsd_modules.model_folder import CARD_FILE, EXPORTED_FOLDER, is_model_file, read_model
+from dsd_modules.model_folder import CARD_FILE, is_model_file, read_model
 from dsd_modules.onnx_export import export_onnx
 from shared_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
 from shared_modules.files import write_whole
+from shared_modules.model_files import EXPORTED_FOLDER
 
 _HISTORY = "history.csv"  # which a run has
 

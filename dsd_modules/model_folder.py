@@ -1,22 +1,11 @@
 """The folder form of a trained model: export it, read it, start from its weights."""
 
 import copy
-import glob
-import math
-import os
-import pickle
 import re
-import shutil
-import stat
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import yaml
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.error import YAMLError
@@ -25,8 +14,23 @@ from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBRNNBlock, SBT
 from dsd_modules.masknet import DualPathMaskNet
 from dsd_modules.separator import separate
 from dsd_modules.tasnet import ConvTasNetMaskNet
-from shared_modules.files import flush_to_disk, write_whole
-from shared_modules.options import is_hub_name
+from shared_modules.files import write_whole
+from shared_modules.model_files import (
+    HPARAMS_FILE,
+    Plan,
+    build,
+    check_names,
+    check_place,
+    check_state,
+    cpu_state,
+    fill,
+    find_folder,
+    planned_class,
+    read_plan,
+    read_state,
+    read_yaml,
+    write_folder,
+)
 
 # What a folder's YAML may name, and what is built for it. Nothing else is ever imported or called.
 _CLASSES = {
@@ -43,22 +47,11 @@ _CHUNK_MODELS = {
     "speechbrain.lobes.models.dual_path.SBTransformerBlock": SBTransformerBlock,
     "speechbrain.lobes.models.dual_path.SBRNNBlock": SBRNNBlock,
 }
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of weights
 _RNN_TYPES = ("LSTM", "GRU", "RNN")  # SBRNNBlock would call whatever stands under another name
 _MODULES = tuple(_CLASSES)
-_PLAN_PREFIXES = ("!new:", "!name:")
-# A YAML may name more of these, as those of published folders do: it is not built. What else it names is refused.
-_NOT_BUILT = ("speechbrain.", "dsd_modules.", "shared_modules.", "torch.optim.")
-_PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
-}
-_HPARAMS_FILE = "hyperparams.yaml"
-_FILES = [_HPARAMS_FILE, *(f"{name}.ckpt" for name in _MODULES)]
+_CHECKPOINTS = [f"{name}.ckpt" for name in _MODULES]
 CARD_FILE = "README.md"
-EXPORTED_FOLDER = "exported"  # of a run
 MAX_SAMPLE_RATE = 768_000  # Hz
-_MAX_YAML_BYTES = 2**20
-_LIMIT = 100_000  # of any number in a model's wiring, so that nothing enormous is built before the weights are seen
 _LIMITS = {"num_layers": 100, "R": 100, "X": 16, "N": 4096, "B": 4096, "H": 4096, "P": 100}
 _NEEDED = ("num_spks", "sample_rate", "modules")  # and what they refer to
 _TRAINING_OPTIONS = ("dropout", "activation_checkpointing")  # of the modules, but no checkpoint fixes them
@@ -99,7 +92,8 @@ def is_model_file(name):
     >>> is_model_file("encoder.ckpt"), is_model_file("README.md"), is_model_file("notes.txt")
     (True, True, False)
     """
-    return name in _FILES or name == CARD_FILE or re.fullmatch(r"separator_blocks[1-9]\d*\.onnx", name) is not None
+    names = (HPARAMS_FILE, *_CHECKPOINTS, CARD_FILE)
+    return name in names or re.fullmatch(r"separator_blocks[1-9]\d*\.onnx", name) is not None
 
 
 def export_model(folder, hparams_file, options, modules):
@@ -150,46 +144,22 @@ def export_model(folder, hparams_file, options, modules):
     >>> sample_rate, torch.equal(loaded["encoder"].conv1d.weight, modules["encoder"].conv1d.weight)
     (8000, True)
     """
-    target = Path(folder).resolve()
-    if target.exists():
-        if not target.is_dir():
-            raise ValueError(f"A model is exported to a folder, but {folder} is a file.")
-        strangers = sorted(path.name for path in target.iterdir() if not is_model_file(path.name))
-        if strangers:  # replacing the folder would delete them
-            raise ValueError(
-                f"{folder} holds {strangers[0]!r}, which is no part of an exported model; give another place."
-            )
-
+    check_place(folder, is_model_file)
     hparams = _inference_yaml(hparams_file, options)
-    states = {name: _cpu_state(modules[name]) for name in _MODULES}
-    built = _build_modules(_read_plan(hparams, hparams_file), hparams_file)
+    states = {name: cpu_state(modules[name]) for name in _MODULES}
+    built = _build_modules(_plan(hparams, hparams_file), hparams_file)
     for name, module in built.items():
-        _fill(module, states[name], f"The options do not fit modules[{name!r}]")
+        fill(module, states[name], f"The options do not fit modules[{name!r}]")
     _check_same_estimates(built, modules, hparams_file)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_siblings(target, "tmp")
-    beside, aside = (target.with_name(f".{target.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
-    try:
-        beside.mkdir()
-        with write_whole(beside / _HPARAMS_FILE) as stream:
+    def write(beside):
+        with write_whole(beside / HPARAMS_FILE) as stream:
             stream.write(hparams)
         for name, state in states.items():
             with write_whole(beside / f"{name}.ckpt", "wb") as stream:
                 torch.save(state, stream)
-        flush_to_disk(beside)
-        if target.exists():
-            _remove_siblings(target, "old")
-            os.rename(target, aside)
-        os.rename(beside, target)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    flush_to_disk(target.parent)
-    _remove_siblings(target, "old")
-    return Path(folder)
+
+    return write_folder(folder, write, is_model_file)
 
 
 def model_options(hparams_file):
@@ -250,14 +220,14 @@ def read_model(folder):
     Traceback (most recent call last):
     ValueError: The model folder no/such/folder was not found; expected a local folder with encoder.ckpt, ...
     """
-    folder = _find_folder(folder)
+    folder = find_folder(folder, _CHECKPOINTS)
     try:
         modules, sample_rate = _read_modules(folder)
     except FileNotFoundError:
-        raise ValueError(f"The model folder {folder} holds no {_HPARAMS_FILE}.") from None
+        raise ValueError(f"The model folder {folder} holds no {HPARAMS_FILE}.") from None
     for name, module in modules.items():
         path = folder / f"{name}.ckpt"
-        _fill(module, _read_state(path), f"{path} does not fit {_HPARAMS_FILE}")
+        fill(module, read_state(path), f"{path} does not fit {HPARAMS_FILE}")
     modules = {name: module.float() for name, module in modules.items()}
     _check_separates(modules, folder)
     return modules, sample_rate
@@ -286,10 +256,10 @@ def load_weights(folder, modules):
     Traceback (most recent call last):
     ValueError: The model folder no/such/folder was not found; expected a local folder with encoder.ckpt, ...
     """
-    folder = _find_folder(folder)
-    states = {name: _read_state(folder / f"{name}.ckpt") for name in _MODULES}
+    folder = find_folder(folder, _CHECKPOINTS)
+    states = {name: read_state(folder / f"{name}.ckpt") for name in _MODULES}
     for name, state in states.items():
-        _check_state(state, modules[name], f"{folder / f'{name}.ckpt'} does not fit the model")
+        check_state(state, modules[name], f"{folder / f'{name}.ckpt'} does not fit the model")
     try:
         form = _form(_read_modules(folder)[0]["masknet"])
     except (FileNotFoundError, ValueError):
@@ -297,7 +267,7 @@ def load_weights(folder, modules):
     for name, expected in _form(modules["masknet"]).items():
         if form.get(name, expected) != expected:
             raise ValueError(
-                f"{folder / _HPARAMS_FILE} does not fit the model: its {name} is {form[name]}, but expected {expected}."
+                f"{folder / HPARAMS_FILE} does not fit the model: its {name} is {form[name]}, but expected {expected}."
             )
     for name, state in states.items():
         modules[name].load_state_dict(state)
@@ -306,7 +276,7 @@ def load_weights(folder, modules):
 def _inference_yaml(hparams_file, options):
     """The part of a training YAML that inference needs, with the values of the options, as text."""
     text = _HEADER + _dump(_model_part(hparams_file, options)) + _PRETRAINER
-    if _is_stock(_read_plan(text, hparams_file)["modules"].get("masknet")):
+    if _is_stock(_plan(text, hparams_file)["modules"].get("masknet")):
         for ours, theirs in _STOCK_CLASSES.items():
             text = re.sub(rf"!new:{re.escape(ours)}$", f"!new:{theirs}", text, flags=re.MULTILINE)
     return text
@@ -314,7 +284,7 @@ def _inference_yaml(hparams_file, options):
 
 def _is_stock(masknet):
     """Whether SpeechBrain's class would separate as ours does, from the plan of a mask network."""
-    arguments = (masknet.arguments if isinstance(masknet, _Plan) else None) or {}
+    arguments = (masknet.arguments if isinstance(masknet, Plan) else None) or {}
     intra_model = arguments.get("intra_model")
     if intra_model is not None and intra_model is arguments.get("inter_model"):
         return False  # of one template it makes one model for both
@@ -392,80 +362,12 @@ def _check_same_estimates(built, modules, hparams_file):
         raise ValueError(f"{hparams_file} and the options do not fit the modules: they separate differently.")
 
 
-class _Plan:
-    """What a ``!new:`` or ``!name:`` of a YAML asks for, as plain data."""
-
-    def __init__(self, tag, arguments):
-        self.tag, self.arguments = tag, arguments
-
-
-class _PlanLoader(yaml.SafeLoader):
-    """Reads a resolved HyperPyYAML text without importing or calling anything."""
-
-
-def _construct_plan(prefix, loader, suffix, node):
-    tag = prefix + suffix
-    if isinstance(node, yaml.MappingNode):
-        return _Plan(tag, loader.construct_mapping(node, deep=True))
-    return _Plan(tag, None if isinstance(node, yaml.SequenceNode) else {})
-
-
-for _prefix in _PLAN_PREFIXES:
-    _PlanLoader.add_multi_constructor(_prefix, partial(_construct_plan, _prefix))
-
-
-def _read_plan(text, where):
-    """The top level of a HyperPyYAML text as plain data, with a :class:`_Plan` for what it would build."""
-    try:
-        # The parser that resolve_references uses, so that both see the same tags: it would open the files of
-        # !include: and call the functions of !applyref:.
-        tree = YAML().compose(text)
-        for tag in _tags(tree):
-            if not tag.startswith(_PLAN_PREFIXES) and tag not in ("!ref", "!copy", *_PLAIN_TAGS):
-                raise ValueError(f"the tag {tag} is not allowed in a model folder")
-        if _written_out(tree) > _MAX_YAML_BYTES:
-            raise ValueError("its aliases and references, written out, are too long for a model's wiring")
-        plan = yaml.load(resolve_references(text), Loader=_PlanLoader)
-    except Exception as error:  # a text from anywhere can fail in any way
-        raise ValueError(f"{where} cannot be read: {error}.") from None
-    if not isinstance(plan, dict) or not isinstance(plan.get("modules"), dict):
+def _plan(text, where):
+    """The plan of a YAML, which has ``modules``."""
+    plan = read_plan(text, where)
+    if not isinstance(plan.get("modules"), dict):
         raise ValueError(f"{where} must hold a mapping `modules` with {', '.join(_MODULES)}.")
     return plan
-
-
-def _tags(node):
-    """The tag of every node."""
-    seen, nodes = set(), [node]
-    while nodes:
-        node = nodes.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield str(node.tag)
-        if isinstance(node.value, list):
-            for child in node.value:
-                nodes.extend(child if isinstance(child, tuple) else (child,))
-
-
-def _written_out(tree):
-    """About how many characters a YAML has, once its aliases and references are written out."""
-    top_level = {key.value: value for key, value in tree.value} if isinstance(tree.value, list) else {}
-    sizes = {}
-
-    def size(node):
-        if id(node) not in sizes:
-            sizes[id(node)] = math.inf  # until it is known: what holds itself has no end
-            if isinstance(node.value, list):
-                children = [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
-                sizes[id(node)] = 1 + sum(map(size, children))
-            else:
-                names = re.findall(r"<([^<>\[.]+)", node.value) if node.tag in ("!ref", "!copy") else ()
-                sizes[id(node)] = (
-                    1 + len(node.value) + sum(size(top_level[name]) for name in names if name in top_level)
-                )
-        return sizes[id(node)]
-
-    return size(tree)
 
 
 def _build_modules(plan, where):
@@ -485,114 +387,34 @@ def _build_modules(plan, where):
 
 
 def _build(plan, classes, where):
-    """Build what a plan asks for, if it is one of the classes."""
-    allowed = [f"!new:{path}" for path in classes]
-    tag = plan.tag if isinstance(plan, _Plan) else plan
-    if tag not in allowed:
-        raise ValueError(f"{where} can only be {' or '.join(allowed)}, but got {tag!r}.")
-    if plan.arguments is None:
-        raise ValueError(f"{where} must give the arguments of {tag} by name.")
-    arguments, built_class = dict(plan.arguments), classes[tag.removeprefix("!new:")]
+    """Build what a plan asks for, if it is one of the classes, with what stands inside it."""
+    built_class, parts = planned_class(plan, classes, where), {}
     if built_class is DualPathMaskNet:
         for name in ("intra_model", "inter_model"):
-            if name not in arguments:
+            if name not in plan.arguments:
                 raise ValueError(f"{where} must give {name}.")
-            arguments[name] = _build(arguments[name], _CHUNK_MODELS, f"{where}.{name}")
-    for name, value in arguments.items():
-        limit = _LIMITS.get(name, _LIMIT)
-        if isinstance(value, int | float) and not abs(value) <= limit:
-            raise ValueError(f"{where}: {name} can only be up to {limit}, but got {value}.")
-    if built_class is SBRNNBlock and arguments.get("rnn_type", "LSTM") not in _RNN_TYPES:
-        raise ValueError(f"{where}: rnn_type can only be {', '.join(_RNN_TYPES)}, but got {arguments['rnn_type']!r}.")
-    # The meta device takes no memory, time or random numbers; SpeechBrain's Conv-TasNet cannot be built there.
+            parts[name] = _build(plan.arguments[name], _CHUNK_MODELS, f"{where}.{name}")
+    rnn_type = plan.arguments.get("rnn_type", "LSTM")
+    if built_class is SBRNNBlock and rnn_type not in _RNN_TYPES:
+        raise ValueError(f"{where}: rnn_type can only be {', '.join(_RNN_TYPES)}, but got {rnn_type!r}.")
+    # SpeechBrain's Conv-TasNet cannot be built on the meta device.
     device = "cpu" if built_class is ConvTasNetMaskNet else "meta"
-    try:
-        with torch.device(device):
-            return built_class(**arguments)
-    except Exception as error:  # the arguments may be anything
-        raise ValueError(f"{where} cannot be built: {error}") from None
-
-
-def _read_text(path):
-    """The bytes of a YAML. A pipe would be waited for, and what is large is none."""
-    try:
-        mode, num_bytes = path.stat().st_mode, path.stat().st_size
-        if not stat.S_ISREG(mode) or num_bytes > _MAX_YAML_BYTES:
-            raise ValueError(f"{path} can only be a file of up to {_MAX_YAML_BYTES} bytes.")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    return build(plan, classes, where, _LIMITS, device, **parts)
 
 
 def _read_modules(folder):
     """The modules of a folder without weights, and its sample rate."""
-    path = folder / _HPARAMS_FILE
-    text = _read_text(path)
-    plan = _read_plan(text, path)
+    path = folder / HPARAMS_FILE
+    text = read_yaml(path)
+    plan = _plan(text, path)
     sample_rate = plan.get("sample_rate", 8000)  # old published folders do not tell it
     if type(sample_rate) is not int or not 1 <= sample_rate <= MAX_SAMPLE_RATE:
         raise ValueError(
             f"{path}: sample_rate must be a whole number of Hz up to {MAX_SAMPLE_RATE}, but got {sample_rate!r}."
         )
     modules = _build_modules(plan, path)
-    for tag in _tags(YAML().compose(text)):
-        if tag.startswith(_PLAN_PREFIXES) and not tag.partition(":")[2].startswith(_NOT_BUILT):
-            raise ValueError(f"{path} asks for {tag}, which is no part of a separator.")
+    check_names(text, path, "a separator")
     return modules, sample_rate
-
-
-def _find_folder(source):
-    """The local folder of a model; one on the hub is downloaded."""
-    expected = f"{', '.join(f'{name}.ckpt' for name in _MODULES)} and {_HPARAMS_FILE}"
-    if isinstance(source, str) and is_hub_name(source):
-        name, _, revision = source.partition("@")
-        try:
-            return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
-        except Exception as error:  # a download can fail in any way
-            raise ValueError(
-                f"The model folder {source} was not found; expected a local folder with {expected}, or its name on "
-                f"the Hugging Face hub, which did not give it: {_download_fault(error)}"
-            ) from None
-    if not os.path.isdir(source):
-        raise ValueError(f"The model folder {source} was not found; expected a local folder with {expected}.")
-    exported = Path(source) / EXPORTED_FOLDER
-    if exported.is_dir() and not (Path(source) / _FILES[1]).exists():
-        return exported  # the folder of a run
-    return Path(source)
-
-
-def _download_fault(error):
-    """A sentence of one line; the hub's own may fill a page."""
-    if isinstance(error, RepositoryNotFoundError):
-        return "it has no public model of this name."
-    if isinstance(error, RevisionNotFoundError):
-        return "the model has no such revision."
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _read_state(path):
-    """The tensors of a checkpoint by name. Nothing but tensors is unpickled."""
-    if not path.is_file():
-        raise ValueError(f"The model folder {path.parent} holds no {path.name}.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose advice is to load it all the same
-        raise ValueError(f"{path} is no checkpoint of weights alone: it holds other things, or is damaged.") from None
-    except Exception as error:  # a broken file can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no checkpoint of weights alone: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no checkpoint: expected tensors by name, but got {type(state).__name__}.")
-    for key, tensor in state.items():
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"{path}: {key} can only be floating-point numbers, but got {tensor.dtype}.")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {key} {list(tensor.shape)} is larger than what the file holds of it.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path} holds weights that are NaN or infinite, first in {key}.")
-    return state
 
 
 @torch.no_grad()
@@ -606,38 +428,9 @@ def _check_separates(modules, folder):
         raise ValueError(f"The model of {folder} does not separate: {str(error).splitlines()[0]}") from None
 
 
-def _check_state(state, module, fault):
-    """Refuse tensors that are not exactly a module's, naming the first one that differs."""
-    expected = module.state_dict()
-    for key, tensor in expected.items():
-        if key not in state:
-            raise ValueError(f"{fault}: it lacks {key} {list(tensor.shape)}.")
-        if state[key].shape != tensor.shape:
-            raise ValueError(f"{fault}: {key} has shape {list(state[key].shape)}, but expected {list(tensor.shape)}.")
-    for key, tensor in state.items():
-        if key not in expected:
-            raise ValueError(f"{fault}: it holds {key} {list(tensor.shape)}, which is not expected.")
-
-
-def _fill(module, state, fault):
-    """Give a module that was built without memory its weights."""
-    _check_state(state, module, fault)
-    module.load_state_dict(state, assign=True)
-
-
-def _cpu_state(module):
-    return {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
-
-
 def _form(masknet):
     """What the weights of a mask network do not show, by name."""
     names = ("norm_type", "causal", "mask_nonlinear")
     form = {name: getattr(masknet, name) for name in names if hasattr(masknet, name)}
     heads = {m.num_heads for m in masknet.modules() if isinstance(m, torch.nn.MultiheadAttention)}
     return {**form, "number of attention heads": " and ".join(map(str, sorted(heads)))}
-
-
-def _remove_siblings(target, ending):
-    """Remove the temporary folders that this export, or a killed one, left beside the target."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.{ending}"):
-        shutil.rmtree(path, ignore_errors=True)

@@ -100,3 +100,27 @@ def speaker_bootstrap(differences, speakers, num_draws=10_000, seed=0):
         if weights.any():
             means.append(weights @ differences / weights.sum())
     return Interval(float(differences.mean()), *map(float, np.percentile(means, [2.5, 97.5])))
+
+
+def percentile_interval(value, draws):
+    """A statistic with the middle 95 % of its bootstrap draws.
+
+    Arguments
+    ---------
+    value : float
+        Of the data as they are.
+    draws : numpy.ndarray
+        Of the data drawn again, ``[D]``; infinite values are taken as they are.
+
+    Returns
+    -------
+    Interval
+        Whose ends are values of the draws.
+
+    Example
+    -------
+    >>> percentile_interval(0.5, np.arange(1000) / 1000)
+    Interval(mean=0.5, low=0.025, high=0.975)
+    """
+    low, high = np.percentile(draws, [2.5, 97.5], method="nearest")  # interpolating would make NaN of infinities
+    return Interval(float(value), float(low), float(high))
