@@ -156,16 +156,12 @@ def _parse(argv):
     return options
 
 
-@ends_in_one_sentence
+@ends_in_one_sentence(interrupted="interrupted")
 def main(argv):
     """Write what is missing, and send it."""
     options = _parse(argv)
-    try:
-        with mistakes_as_run_errors():
-            exported, place = _export(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    with mistakes_as_run_errors():
+        exported, place = _export(options)
     names = sorted(path.name for path in exported.iterdir() if is_model_file(path.name))
     print("\n".join(f"  {name:24}{(exported / name).stat().st_size / 1e6:10.2f} MB" for name in names))
     print(place)

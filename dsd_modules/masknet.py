@@ -161,11 +161,7 @@ class DualPathMaskNet(Dual_Path_Model):
         ValueError
             Where a block does not exist, lengths do not fit the batch, or the norm does not allow lengths.
         """
-        indices = block_indices([-1] if blocks is None else blocks, self.num_layers)
-        masks = dict(zip(sorted(set(indices)), self.block_masks(x, lengths, indices), strict=True))
-        if blocks is None:
-            return masks[indices[0]]
-        return torch.stack([masks[index] for index in indices])
+        return masks_of_blocks(self, x, lengths, blocks)
 
     def block_masks(self, x, lengths=None, blocks="all"):
         """Masks of one block after the other, for those who decide on the way where to stop.
@@ -311,6 +307,15 @@ def _overlap_add(x, gap):
     even, odd = x.permute(0, 3, 2, 1).unflatten(1, (-1, 2)).unbind(2)  # each [B, S/2, K, N]
     x = even.flatten(1, 2)[:, half:-gap] + odd.flatten(1, 2)[:, : -half - gap]  # [B, F, N]
     return x.transpose(1, 2)
+
+
+def masks_of_blocks(masknet, x, lengths, blocks):
+    """What a mask network's ``forward`` returns, from its ``block_masks``: see :meth:`DualPathMaskNet.forward`."""
+    indices = block_indices([-1] if blocks is None else blocks, masknet.num_layers)
+    masks = dict(zip(sorted(set(indices)), masknet.block_masks(x, lengths, indices), strict=True))
+    if blocks is None:
+        return masks[indices[0]]
+    return torch.stack([masks[index] for index in indices])
 
 
 def block_indices(blocks, num_blocks):

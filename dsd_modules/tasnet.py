@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from speechbrain.lobes.models.conv_tasnet import GlobalLayerNorm, MaskNet, TemporalBlock
 
-from dsd_modules.masknet import block_indices, masked_norm, padded_lengths, run_layer
+from dsd_modules.masknet import block_indices, masked_norm, masks_of_blocks, padded_lengths, run_layer
 
 _EPS = 1e-8  # of SpeechBrain's norms
 
@@ -127,11 +127,7 @@ class ConvTasNetMaskNet(MaskNet):
         ValueError
             Where a repeat does not exist, or lengths do not fit the batch.
         """
-        indices = block_indices([-1] if blocks is None else blocks, self.num_layers)
-        masks = dict(zip(sorted(set(indices)), self.block_masks(x, lengths, indices), strict=True))
-        if blocks is None:
-            return masks[indices[0]]
-        return torch.stack([masks[index] for index in indices])
+        return masks_of_blocks(self, x, lengths, blocks)
 
     def block_masks(self, x, lengths=None, blocks="all"):
         """Masks of one repeat after the other, for those who decide on the way where to stop.

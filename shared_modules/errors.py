@@ -32,8 +32,14 @@ def mistakes_as_run_errors():
         raise RunError(str(error)) from None
 
 
-def ends_in_one_sentence(main):
-    """Decorate a command's main function: what its user can mend is said in one sentence, with exit code 1."""
+def ends_in_one_sentence(main=None, *, interrupted="interrupted: the same command goes on from the last checkpoint"):
+    """Decorate a command's main function: what its user can mend is said in one sentence, with exit code 1.
+
+    ``@ends_in_one_sentence``, or ``@ends_in_one_sentence(interrupted="...")`` with the words for Ctrl-C, which ends
+    with exit code 130.
+    """
+    if main is None:
+        return functools.partial(ends_in_one_sentence, interrupted=interrupted)
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -49,7 +55,7 @@ def ends_in_one_sentence(main):
             else:
                 sentence = f"error: {error.filename}: {error.strerror}"
         except KeyboardInterrupt:
-            print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"\n{interrupted}", file=sys.stderr)
             sys.exit(130)
         rank = os.environ.get("RANK", "0")
         if rank != "0":

@@ -119,7 +119,7 @@ def percentile_interval(value, draws):
 
     Example
     -------
-    >>> percentile_interval(0.5, np.arange(1000) / 1000)
+    >>> percentile_interval(0.5, np.arange(1001) / 1000)
     Interval(mean=0.5, low=0.025, high=0.975)
     """
     low, high = np.percentile(draws, [2.5, 97.5], method="nearest")  # interpolating would make NaN of infinities

@@ -14,16 +14,13 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import sys
-import tempfile
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
-from filelock import FileLock
-
 from dsd_modules.data.librimix import MixSettings, import_pyloudnorm, mix_set, read_corpus
+from shared_modules.build_once import build_once
 from shared_modules.corpus import make_corpus, share_of, split_of
 from shared_modules.espeak import installed_paths
 
@@ -271,40 +268,18 @@ def _list_noise(noise_folder, splits):
 
 
 def _build_once(folder, recipe, build):
-    """Runs ``build`` in a temporary folder beside the final one and renames it, unless that exists.
-
-    The lock makes a second process (another rank) wait and then find the data; whoever holds it may remove the
-    temporary folders of killed runs.
-    """
+    """Runs ``build``, unless there are data of the same settings."""
     recipe = {"generator_version": GENERATOR_VERSION, **recipe}
     text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
-    name = (
-        f"{recipe['kind']}-{recipe['num_spks']}spk-{recipe['sample_rate'] // 1000}k-{recipe['mode']}-"
-        f"{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
-    folder = Path(folder)
-    final = folder / name
-    mixtures = final / f"Libri{recipe['num_spks']}Mix"
-    if mixtures.is_dir():
-        return mixtures
-    import_pyloudnorm()  # a missing package shows at once
-    if recipe["kind"] == "synthetic":
-        installed_paths()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{name}.lock"):
-        if mixtures.is_dir():
-            return mixtures
-        for stale in folder.glob(f".{name}.tmp*"):
-            shutil.rmtree(stale)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.tmp", dir=folder))
-        try:
-            build(temporary)
-            (temporary / "generated.json").write_text(text, encoding="utf-8")
-            temporary.chmod(0o755)  # mkdtemp's is for the owner only
-            temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return mixtures
+    name = f"{recipe['kind']}-{recipe['num_spks']}spk-{recipe['sample_rate'] // 1000}k-{recipe['mode']}"
+
+    def checked_build(root):
+        import_pyloudnorm()  # a missing package shows at once
+        if recipe["kind"] == "synthetic":
+            installed_paths()
+        build(root)
+
+    return build_once(folder, name, text, checked_build) / f"Libri{recipe['num_spks']}Mix"
 
 
 def main(arguments=None):
