@@ -1,4 +1,5 @@
 # make demo    set up, then generate data, train, evaluate, export and separate (at most 12 minutes on two cores)
+# make demo-speaker  set up, then train speaker models, align them and compare (under 10 minutes on two cores)
 # make test    set up, then run the tests
 # make web     set up, then start a page on this machine to try a model on (MODEL=folder PORT=7860)
 # make test-web  set up, then run that page's tests, in a headless Chromium where there is one
@@ -8,7 +9,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RECIPE := recipes/LibriMix/separation
+SPEAKER_RECIPE := recipes/VoxCeleb/SpeakerAlignment
 DEMO_FOLDER ?= results/demo
+SPEAKER_DEMO_FOLDER ?= results/demo
 
 # The whole difference between the demo and the full-size recipe.
 DEMO_OVERRIDES := \
@@ -20,7 +23,7 @@ DEMO_OVERRIDES := \
 	--num_intra_layers 1 --num_inter_layers 1 --num_heads 2 --d_ffn 128 \
 	--num_workers 0
 
-.PHONY: setup demo test web test-web lint clean
+.PHONY: setup demo demo-speaker test web test-web lint clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -39,6 +42,9 @@ setup: .venv/ready
 
 demo: setup
 	cd $(RECIPE) && $(CURDIR)/$(BIN)/python train.py hparams/sepformer_dsd.yaml $(DEMO_OVERRIDES)
+
+demo-speaker: setup
+	cd $(SPEAKER_RECIPE) && $(CURDIR)/$(BIN)/python experiment.py $(SPEAKER_DEMO_FOLDER)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -63,4 +69,4 @@ lint: setup
 	$(BIN)/codespell
 
 clean:
-	rm -rf $(RECIPE)/results .pytest_cache .ruff_cache
+	rm -rf $(RECIPE)/results $(SPEAKER_RECIPE)/results .pytest_cache .ruff_cache

@@ -260,7 +260,8 @@ def read_state(path):
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} is no checkpoint: expected tensors by name, but got {type(state).__name__}.")
     for key, tensor in state.items():
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        is_count = key.endswith("num_batches_tracked") and tensor.dtype == torch.int64  # of batch norm
+        if not (tensor.dtype in _DTYPES or is_count) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{path}: {key} can only be floating-point numbers, but got {tensor.dtype}.")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {key} {list(tensor.shape)} is larger than what the file holds of it.")
