@@ -203,7 +203,7 @@ def find_model(source=None, checkout=CHECKOUT):
     """
     if source is not None:
         return source
-    found = checkout.glob("recipes/*/*/results/**/exported/hyperparams.yaml")
+    found = checkout.glob("recipes/*/separation/results/**/exported/hyperparams.yaml")
     newest = max(found, key=lambda path: (path.stat().st_mtime, path), default=None)
     if newest is None:
         raise RunError(

@@ -191,7 +191,7 @@ def make_corpus(folder, num_voices, utterances_per_voice, seed=1234, num_workers
             utterance_id = f"{speaker}-{language}{rank:03d}"
             path = f"wav/{speaker}/{utterance_id}.wav"
             samples = resample(np.frombuffer(pcm, np.int16) / 2**15, sample_rate, SAMPLE_RATE)
-            samples = _trim(samples)
+            samples = trim(samples, SAMPLE_RATE)
             samples *= _PEAK / np.abs(samples).max()
             soundfile.write(folder / path, samples, SAMPLE_RATE, subtype="PCM_16")
             duration = f"{len(samples) / SAMPLE_RATE:.4f}"
@@ -246,8 +246,14 @@ def write_csv(path, header, rows):
     return path
 
 
-def _trim(samples):
-    """Cuts what is quieter than 1 % of the peak at both ends, but for a small margin."""
+def trim(samples, sample_rate):
+    """Cuts what is quieter than 1 % of the peak at both ends, but for a small margin.
+
+    Example
+    -------
+    >>> len(trim(np.r_[np.zeros(8000), np.ones(8000), np.zeros(8000)], 8000))
+    8160
+    """
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
-    margin = round(_MARGIN_SECONDS * SAMPLE_RATE)
+    margin = round(_MARGIN_SECONDS * sample_rate)
     return samples[max(loud[0] - margin, 0) : loud[-1] + 1 + margin]

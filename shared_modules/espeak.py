@@ -6,10 +6,12 @@ fixed order of calls, the same bytes every time. The script needs the standard l
 start-up at some hundredths of a second.
 """
 
+import contextlib
 import ctypes
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,15 +77,59 @@ def installed_paths():
     return Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
 
 
-def synthesize(voice, sentences):
+@contextlib.contextmanager
+def own_variants(variants, language=None):
+    """Voice data in a temporary folder, with voice variants of one's own in place of espeak-ng's.
+
+    Arguments
+    ---------
+    variants : dict
+        From the file name of a variant to its text, in espeak-ng's format of voice files. espeak-ng finds no language
+        any more where there are some hundreds.
+    language : str, optional
+        Only this language's dictionary is linked, e.g. ``en``, which is faster. None: all.
+
+    Yields
+    ------
+    Path
+        The folder ``espeak-ng-data``, made of links to the installed one, for :func:`synthesize`.
+
+    Raises
+    ------
+    ValueError
+        If espeak-ng is not installed.
+
+    Example
+    -------
+    >>> with own_variants({"ann": "language variant\\nname ann\\npitch 180 240\\n"}) as data:
+    ...     sample_rate, (speech,) = synthesize(Voice("en-us", "ann", 170, 45, 60), ["Good morning."], data)
+    >>> 0.5 < len(speech) / 2 / sample_rate < 2
+    True
+    """
+    _, installed = installed_paths()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / installed.name
+        (data / "voices" / "!v").mkdir(parents=True)
+        for entry in installed.iterdir():
+            is_needed = language is None or not entry.name.endswith("_dict") or entry.name == f"{language}_dict"
+            if is_needed and entry.name != "voices":
+                (data / entry.name).symlink_to(entry.resolve())
+        for name, text in variants.items():
+            (data / "voices" / "!v" / name).write_text(text, encoding="utf-8")
+        yield data
+
+
+def synthesize(voice, sentences, data=None):
     """Speaks sentences with one voice, in a process of its own.
 
     Arguments
     ---------
-    voice : Voice
-        The speaker.
+    voice : Voice or list of Voice
+        The speaker; or one for each sentence: the same language and variant, at a rate, pitch and range of its own.
     sentences : list of str
         What to say, in order. The order is part of the result: see the module's docstring.
+    data : Path, optional
+        Voice data with variants of one's own: see :func:`own_variants`. None: the installed ones.
 
     Returns
     -------
@@ -95,7 +141,7 @@ def synthesize(voice, sentences):
     Raises
     ------
     ValueError
-        If espeak-ng is not installed, or fails.
+        If espeak-ng is not installed, or fails, the voices differ in more than they may, or there is nothing to say.
 
     Example
     -------
@@ -103,19 +149,27 @@ def synthesize(voice, sentences):
     >>> sample_rate, 0.5 < len(speech) / 2 / sample_rate < 2
     (22050, True)
     """
-    library, data = installed_paths()
-    job = {"library": str(library), "voice": asdict(voice), "sentences": list(sentences)}
+    library, installed = installed_paths()
+    voices = [voice] * len(sentences) if isinstance(voice, Voice) else list(voice)
+    if len(voices) != len(sentences) or len({(one.language, one.variant) for one in voices}) > 1:
+        raise ValueError(
+            f"voice can only be one voice, or one of the same language and variant for each of {len(sentences)} "
+            f"sentences, but got {voices}"
+        )
+    if not voices:
+        raise ValueError("there is nothing to say: sentences is empty")
+    job = {"library": str(library), "voices": [asdict(one) for one in voices], "sentences": list(sentences)}
     # -I -S: nothing of the user's environment, no site-packages. espeak-ng takes paths of at most 160
     # characters, so it gets "." as the parent of its data.
     done = subprocess.run(
         [sys.executable, "-I", "-S", __file__],
         input=json.dumps(job).encode(),
         capture_output=True,
-        cwd=data.parent,
+        cwd=(data or installed).parent,
     )
     if done.returncode != 0:
         message = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise ValueError(f"espeak-ng failed for {voice}: {message[-1]}")
+        raise ValueError(f"espeak-ng failed for {voices[0]}: {message[-1]}")
     header, _, pcm = done.stdout.partition(b"\n")
     header = json.loads(header)
     utterances, start = [], 0
@@ -125,7 +179,7 @@ def synthesize(voice, sentences):
     return header["sample_rate"], utterances
 
 
-def _speak(library, voice, sentences):
+def _speak(library, voices, sentences):
     """The work of the fresh process: (sample rate, list of PCM bytes)."""
     espeak = ctypes.CDLL(library)
     sample_rate = espeak.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, b".", _INITIALIZE_DONT_EXIT)
@@ -142,15 +196,17 @@ def _speak(library, voice, sentences):
         return 0
 
     espeak.espeak_SetSynthCallback(receive)
-    name = f"{voice['language']}+{voice['variant']}"
+    name = f"{voices[0]['language']}+{voices[0]['variant']}"
     if espeak.espeak_SetVoiceByName(name.encode()) != 0:
         raise SystemExit(f"there is no voice {name}")
     espeak.espeak_SetParameter(_VOLUME, _VOLUME_PERCENT, 0)
-    for parameter, value in ((_RATE, "rate"), (_PITCH, "pitch"), (_RANGE, "pitch_range")):
-        espeak.espeak_SetParameter(parameter, voice[value], 0)
 
-    utterances = []
-    for sentence in sentences:
+    utterances, voice_before = [], None
+    for voice, sentence in zip(voices, sentences, strict=True):
+        if voice != voice_before:
+            for parameter, value in ((_RATE, "rate"), (_PITCH, "pitch"), (_RANGE, "pitch_range")):
+                espeak.espeak_SetParameter(parameter, voice[value], 0)
+        voice_before = voice
         chunks.clear()
         text = sentence.encode()
         failed = espeak.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 0, 0, _CHARS_UTF8, None, None)

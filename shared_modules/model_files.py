@@ -257,7 +257,8 @@ def read_state(path):
     except Exception as error:  # a broken file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of weights alone: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    is_named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not is_named or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} is no checkpoint: expected tensors by name, but got {type(state).__name__}.")
     for key, tensor in state.items():
         is_count = key.endswith("num_batches_tracked") and tensor.dtype == torch.int64  # of batch norm

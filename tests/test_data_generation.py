@@ -13,8 +13,9 @@ import pyloudnorm
 import pytest
 import soundfile
 
+from dsd_modules.data import generate, librimix
 from dsd_modules.data.generate import generate_synthetic, main, mix_recordings
-from shared_modules import corpus, generate, librimix
+from shared_modules import corpus
 
 SETS = {"train-100": 5, "dev": 2, "test": 2}
 

@@ -1,0 +1,1 @@
+"""Speaker models brought into one space: readers, extractors, alignments, trials and voice profiles."""

@@ -1,0 +1,264 @@
+"""The SQLite file of voice profiles: its form, its transactions, and faults in words that name it."""
+
+import contextlib
+import errno
+import os
+import sqlite3
+import stat
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+_APPLICATION_ID = 0x4E455353  # "NESS", in the file's header: tells a store from other SQLite files
+_FORMAT = 1  # in the header as SQLite's user_version
+_BUSY_SECONDS = (
+    60  # that another process may write for; removing from a store of a million profiles takes a third of it
+)
+_SCHEMA = (
+    "CREATE TABLE store (id INTEGER PRIMARY KEY CHECK (id = 1), enroll_model_id TEXT NOT NULL, "
+    "runtime_model_id TEXT NOT NULL, alignment_id TEXT, calibration TEXT NOT NULL, false_accept_rate REAL NOT NULL, "
+    "num_changes INTEGER NOT NULL, num_removals INTEGER NOT NULL, has_traces INTEGER NOT NULL)",
+    "CREATE TABLE model (id INTEGER PRIMARY KEY, model_id TEXT NOT NULL UNIQUE, embedding_size INTEGER NOT NULL)",
+    # AUTOINCREMENT: no number is used twice, so that the rows of the loaded matrix stay sorted by it.
+    "CREATE TABLE profile (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, change INTEGER NOT NULL)",
+    "CREATE INDEX profile_by_change ON profile (change)",
+    "CREATE TABLE recording (id INTEGER PRIMARY KEY, profile INTEGER NOT NULL REFERENCES profile (id), "
+    "model INTEGER NOT NULL REFERENCES model (id), embedding BLOB NOT NULL)",
+    "CREATE INDEX recording_by_profile ON recording (profile)",
+)
+_STORE_FIELDS = (
+    "enroll_model_id, runtime_model_id, alignment_id, calibration, false_accept_rate, num_changes, num_removals, "
+    "has_traces"
+)
+Store = namedtuple("Store", _STORE_FIELDS)
+
+
+class ProfileFile:
+    """The file of :class:`nessa_modules.profiles.VoiceProfiles`, which asks for its own parts of it in SQL.
+
+    SQLite's rollback journal makes each transaction whole or not there, also after a kill; no journal is left after
+    one. What is deleted is overwritten.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file; it need not be there.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> file = ProfileFile(tempfile.mkdtemp() + "/voices.db")
+    >>> with file.transaction() as connection:
+    ...     file.read_store(connection) is None
+    True
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._place = self.path.absolute()  # wherever the process goes
+        self.lock = threading.RLock()
+        self.identity = None  # of the file that is open: another one may be moved to its path
+        self._connection = self._process = None
+        self._inherited = []  # connections from before a fork, which the child may not even close
+
+    def close(self):
+        """Close the connection; the next transaction opens one again."""
+        with self.lock:
+            if self._connection is not None and self._process == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    @contextlib.contextmanager
+    def transaction(self, writes=False):
+        """All or nothing: what is read is one state of the file, and what is written is there at the end, or not.
+
+        Arguments
+        ---------
+        writes : bool
+            Whether something is to be written; no other process can then meanwhile.
+
+        Yields
+        ------
+        sqlite3.Connection or None
+            None where there is no file.
+
+        Raises
+        ------
+        ValueError
+            If it is not a store, or damaged.
+        OSError
+            If it cannot be read or written, the disk is full, or another process keeps it locked.
+        """
+        with self.lock, self._plain_faults():
+            connection = self._connect()
+            if connection is None:
+                yield None
+                return
+            connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def writing(self, new_store=None):
+        """A transaction that changes the store, after what a killed process has left to do.
+
+        Arguments
+        ---------
+        new_store : callable, optional
+            Gives the fields of a store that is not there yet, by name. None: such a store is refused.
+
+        Yields
+        ------
+        (sqlite3.Connection, Store)
+            The store as it is before.
+        """
+        with self.transaction() as connection:
+            store = self.read_store(connection)
+        if store is None and new_store is None:
+            raise ValueError(f"There is no store of voice profiles at {self.path}.")
+        if store is not None:
+            self._keep_no_log()
+        if store is not None and store.has_traces:
+            self.overwrite_traces()
+        if new_store is not None:
+            try:
+                os.close(os.open(self._place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+        with self.transaction(writes=True) as connection:
+            store = self.read_store(connection)
+            if store is None:  # still: another process may have been quicker
+                fields = {"id": 1, **new_store(), "num_changes": 0, "num_removals": 0, "has_traces": 0}
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {_FORMAT}")
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                connection.execute(f"INSERT INTO store VALUES ({', '.join(f':{f}' for f in fields)})", fields)
+                store = self.read_store(connection)
+            yield connection, store
+            connection.execute("UPDATE store SET num_changes = num_changes + 1")
+
+    def overwrite_traces(self):
+        """Write the file anew, so that nothing of what was deleted is left in the gaps of its pages."""
+        with self.lock, self._plain_faults():
+            connection = self._connect()
+            (num_removals,) = connection.execute("SELECT num_removals FROM store").fetchone()
+            connection.execute("VACUUM")
+            # Not where another process has removed somebody since.
+            connection.execute("UPDATE store SET has_traces = 0 WHERE num_removals = ?", (num_removals,))
+
+    def _keep_no_log(self):
+        """Leave the journal mode in which what was removed stays in a log beside, if somebody has chosen it."""
+        with self.lock, self._plain_faults():
+            connection = self._connect()
+            if connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+                connection.execute("PRAGMA journal_mode = DELETE")
+
+    def _connect(self):
+        """The connection of this process; None where there is no file."""
+        if self._process != os.getpid():  # a forked child may neither use its parent's nor close it
+            self._inherited.append(self._connection)
+            self._connection, self._process = None, os.getpid()
+        try:
+            found = os.stat(self._place)
+        except FileNotFoundError:
+            self.close()
+            return None
+        if self.identity != (found.st_dev, found.st_ino):
+            self.close()
+            self.identity = found.st_dev, found.st_ino
+        if self._connection is not None:
+            return self._connection
+        if not stat.S_ISREG(found.st_mode):
+            what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+            raise ValueError(f"A store of voice profiles is a file, but {self.path} is {what}.")
+        connection = sqlite3.connect(
+            f"{self._place.as_uri()}?mode=rw",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,  # transactions are begun here
+            check_same_thread=False,  # the lock takes care
+        )
+        try:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
+            connection.execute("PRAGMA secure_delete = ON")
+            connection.execute("PRAGMA synchronous = EXTRA")
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def read_store(self, connection):
+        """The settings of the store.
+
+        Arguments
+        ---------
+        connection : sqlite3.Connection or None
+            In a :meth:`transaction`.
+
+        Returns
+        -------
+        Store or None
+            None where there is no store yet.
+
+        Raises
+        ------
+        ValueError
+            If the file is something else.
+        """
+        if connection is None:
+            return None
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        schema = [row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql NOT NULL")]
+        if not application and not schema and not os.stat(self._place).st_size:
+            return None  # a process was killed right after it had made the file, or is about to fill it
+        if application != _APPLICATION_ID:
+            raise ValueError(f"{self.path} is no store of voice profiles: it is another SQLite file.")
+        if version != _FORMAT:
+            raise ValueError(
+                f"{self.path} is a store of format {version}, but this version of the program reads format {_FORMAT}."
+            )
+        if sorted(schema) != sorted((*_SCHEMA, "CREATE TABLE sqlite_sequence(name,seq)")):
+            raise self.damaged("its tables are not those of a store")
+        row = connection.execute(f"SELECT {_STORE_FIELDS} FROM store").fetchone()
+        if row is None:
+            raise self.damaged("it lacks its settings")
+        return Store(*row)
+
+    def damaged(self, reason):
+        """The exception that says so."""
+        return ValueError(f"{self.path} is damaged: {reason}; take a copy of it from before.")
+
+    @contextlib.contextmanager
+    def _plain_faults(self):
+        """SQLite's exceptions as ValueError and OSError that name the file."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_NOTADB:
+                raise ValueError(f"{self.path} is no store of voice profiles: it is no SQLite file.") from None
+            is_no_text = not code and type(error) is sqlite3.OperationalError
+            if is_no_text or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_MISMATCH):
+                raise self.damaged(error) from error
+            number, reason = {
+                sqlite3.SQLITE_FULL: (errno.ENOSPC, os.strerror(errno.ENOSPC)),
+                sqlite3.SQLITE_BUSY: (errno.ETIMEDOUT, f"other processes have kept it locked for {_BUSY_SECONDS} s"),
+                sqlite3.SQLITE_READONLY: (errno.EACCES, "it cannot be written"),
+                sqlite3.SQLITE_CANTOPEN: (errno.EACCES, "it cannot be opened, or no journal be written beside it"),
+                sqlite3.SQLITE_PERM: (errno.EACCES, os.strerror(errno.EACCES)),
+                sqlite3.SQLITE_IOERR: (errno.EIO, f"{error} (a full or failing disk)"),
+            }.get(code, (None, None))
+            if number is None:
+                raise
+            raise OSError(number, reason, str(self.path)) from error

@@ -1,0 +1,969 @@
+"""Voice profiles in one SQLite file: enroll, verify, identify, remove, and migrate to another model without audio."""
+
+import copy
+import json
+import math
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nessa_modules.profile_file import ProfileFile, Store
+
+DEFAULT_FALSE_ACCEPT_RATE = 0.01
+DEFAULT_RATES = (0.001, 0.01, 0.05)
+
+_CHUNK = 2**12  # profiles that are read and mapped at a time
+_SILENT_DB = -40.0  # of a voice, to the loudest of its mixture
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a recording was accepted as somebody's.
+
+    Attributes
+    ----------
+    name : str
+        Of the profile.
+    score : float
+        Cosine of the profile and the recording in the space that they are compared in, -1 to 1.
+    accepted : bool
+        Whether the score reaches the threshold.
+    threshold : float
+    false_accept_rate : float
+        The share of recordings of other speakers that reach the threshold, on the development set that it was
+        calibrated on.
+
+    Example
+    -------
+    >>> Verification("Ada", score=0.7, accepted=True, threshold=0.4, false_accept_rate=0.01).accepted
+    True
+    """
+
+    name: str
+    score: float
+    accepted: bool
+    threshold: float
+    false_accept_rate: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A profile that a recording was compared with, and the cosine, -1 to 1.
+
+    Example
+    -------
+    >>> Candidate("Ada", 0.7)
+    Candidate(name='Ada', score=0.7)
+    """
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Identification:
+    """Whose a recording is.
+
+    Attributes
+    ----------
+    name : str or None
+        Of the best profile, None where none reaches the threshold: nobody known.
+    candidates : list of Candidate
+        The best profiles, whether they reach the threshold or not, best first.
+    threshold : float
+    false_accept_rate : float
+        Of one comparison. That a recording of a stranger reaches the threshold of any of N profiles is up to N times
+        as likely.
+    num_profiles : int
+        N, the number of profiles that were compared.
+
+    Example
+    -------
+    >>> Identification(None, [Candidate("Ada", 0.1)], 0.4, 0.01, num_profiles=1).name is None
+    True
+    """
+
+    name: str | None
+    candidates: list
+    threshold: float
+    false_accept_rate: float
+    num_profiles: int
+
+
+@dataclass(frozen=True)
+class MixtureVoice:
+    """A voice of a mixture.
+
+    Attributes
+    ----------
+    number : int
+        From 1, in the separator's order.
+    level_db : float
+        Its root mean square relative to the mixture's loudest voice, dB; minus infinity where there is nothing.
+    identification : Identification or None
+        None where the voice is silent: fewer speak than the separator looks for.
+
+    Example
+    -------
+    >>> MixtureVoice(2, level_db=-61.0, identification=None).is_silent
+    True
+    """
+
+    number: int
+    level_db: float
+    identification: Identification | None
+
+    @property
+    def is_silent(self):
+        """Whether there was nothing to identify."""
+        return self.identification is None
+
+
+def calibrate(scores, rates=DEFAULT_RATES):
+    """The thresholds that keep false accepts at given rates, from the scores of comparisons of different speakers.
+
+    The rate is that of one comparison, of one profile with one recording: :meth:`VoiceProfiles.identify` makes one for
+    each profile, so that a stranger is taken for somebody among N up to N times as often.
+
+    Arguments
+    ---------
+    scores : array
+        [K], of profiles with recordings of others, from a development set: speakers that no model was trained on.
+    rates : sequence of float
+        False-accept rates, each at least 1 / K.
+
+    Returns
+    -------
+    list of dict
+        ``false_accept_rate`` and ``threshold`` of each, in the order of the rates: the lowest threshold that at most
+        this share of the scores reaches.
+
+    Raises
+    ------
+    ValueError
+        If the scores are not finite or too few for a rate.
+
+    Example
+    -------
+    >>> entry, = calibrate(np.arange(100) / 100, rates=[0.05])
+    >>> entry["false_accept_rate"], 0.94 < entry["threshold"] < 0.9401
+    (0.05, True)
+    """
+    scores = np.sort(_array(scores).astype(np.float64).ravel())[::-1]  # [K]
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite, but they hold NaN or infinite values.")
+    entries = []
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise ValueError(f"A false-accept rate can only be above 0 and below 1, but got {rate!r}.")
+        num_accepted = math.floor(rate * len(scores) + 1e-9)
+        if num_accepted < 1:
+            raise ValueError(
+                f"A false-accept rate of {rate:g} needs at least {math.ceil(1 / rate - 1e-9)} comparisons of different "
+                f"speakers, but got {len(scores)}."
+            )
+        # The next number above, so that of equal scores all are rejected.
+        entries.append({"false_accept_rate": rate, "threshold": float(np.nextafter(scores[num_accepted], np.inf))})
+    return entries
+
+
+class VoiceProfiles:
+    """Voice profiles in one SQLite file, for one model or for a pair of models and their alignment.
+
+    Each profile keeps the original embedding of each of its recordings, with the id of the model that made it; no
+    audio. Recordings are scored by the cosine with the profile, which is the mean of its length-normalised embeddings,
+    both in the space that the alignment maps them to.
+
+    The store remembers the models and the alignment that it is scored with, and their thresholds; whatever else is
+    given is refused. The thresholds of an alignment are those of profiles that its enrollment model made, heard by its
+    runtime model; profiles that the runtime model made are compared with the same. It may be used by several processes
+    and threads at once: each sees what the others have written, whole. The first search loads all profiles (4 bytes
+    for each dimension, and their names), later ones only what has changed. The file is created by the first
+    ``enroll``, readable by its owner alone.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+    encoder : SpeakerEncoder or (SpeakerEncoder, SpeakerEncoder), optional
+        The model that makes embeddings (:class:`nessa_modules.encoder.SpeakerEncoder`), or two: the first enrolls, the
+        second recognises. One of an aligned pair is enough for what it can do: either model enrolls, the runtime model
+        recognises. None: ``names``, ``remove`` and ``migrate`` need no model.
+    alignment : Alignment, optional
+        Of the enrollment and the runtime model (:func:`nessa_modules.alignment.load_alignment`). None where one model
+        does both.
+    calibration : list of dict, optional
+        Thresholds for a new store, from :func:`calibrate`. None: those of the alignment.
+    false_accept_rate : float, optional
+        Which of the thresholds counts, unless a call says otherwise. None: the store's, 0.01 for a new one.
+    must_exist : bool
+        Refuse a path where there is no store yet.
+
+    Raises
+    ------
+    ValueError
+        If the file is no such store or damaged, or its models or alignment are others: the sentence names both.
+    OSError
+        If the file cannot be read or written, the disk is full, or another process does not let go of it.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from types import SimpleNamespace
+    >>> encoder = SimpleNamespace(model_id="v1", embedding_size=2, encode_recording=lambda recording: recording[0])
+    >>> path = Path(tempfile.mkdtemp()) / "voices.db"
+    >>> calibration = [{"false_accept_rate": 0.01, "threshold": 0.8}]
+    >>> profiles = VoiceProfiles(path, encoder, calibration=calibration)
+    >>> profiles.enroll("Ada", [(np.array([1.0, 0.1]), 16000), (np.array([2.0, -0.2]), 16000)])
+    >>> profiles.enroll("Bob", [(np.array([0.0, 1.0]), 16000)])
+    >>> result = profiles.verify("Ada", (np.array([3.0, 0.0]), 16000))
+    >>> round(result.score, 3), result.accepted
+    (1.0, True)
+    >>> profiles.identify((np.array([-1.0, 0.0]), 16000)).name is None
+    True
+    >>> profiles.remove("Ada")
+    >>> profiles.names()
+    ['Bob']
+    """
+
+    def __init__(self, path, encoder=None, alignment=None, calibration=None, false_accept_rate=None, must_exist=False):
+        self.path = Path(path)
+        self.alignment = alignment
+        self._enroller, self._recogniser = encoder if isinstance(encoder, tuple | list) else (encoder, encoder)
+        self._check_encoders()
+        self._calibration = None if calibration is None else _checked_calibration(calibration, "calibration")
+        self._rate = false_accept_rate
+        self._file = ProfileFile(path)
+        self._loaded = None
+        with self._file.transaction() as connection:
+            store = self._file.read_store(connection)
+        if store is None and must_exist:
+            raise ValueError(f"There is no store of voice profiles at {self.path}: enroll somebody first.")
+        if store is not None and (encoder is not None or alignment is not None):
+            self._check_alignment(store)
+            self._check_one_of_its_models(store)
+        if store is not None and false_accept_rate is not None:
+            self._threshold(store, false_accept_rate)
+
+    def names(self):
+        """The names of all profiles, sorted.
+
+        Returns
+        -------
+        list of str
+        """
+        with self._file.transaction() as connection:
+            if self._file.read_store(connection) is None:
+                return []
+            return [name for (name,) in connection.execute("SELECT name FROM profile ORDER BY name")]
+
+    def describe(self):
+        """What the store holds, for people.
+
+        Returns
+        -------
+        dict or None
+            ``enroll_model_id``, ``runtime_model_id``, ``alignment_id`` (None: one model), ``false_accept_rate``,
+            ``calibration`` (a list as of :func:`calibrate`) and ``profiles``: of each the ``name``, the number of its
+            ``recordings`` and the ``models`` that made them. None where there is no store yet.
+        """
+        with self._file.transaction() as connection:
+            store = self._file.read_store(connection)
+            if store is None:
+                return None
+            rows = connection.execute(
+                "SELECT name, count(*), group_concat(DISTINCT model_id) FROM profile "
+                "JOIN recording ON recording.profile = profile.id JOIN model ON model.id = recording.model "
+                "GROUP BY profile.id ORDER BY name"
+            )
+            found = [{"name": n, "recordings": count, "models": sorted(ids.split(","))} for n, count, ids in rows]
+        fields = ("enroll_model_id", "runtime_model_id", "alignment_id", "false_accept_rate")
+        known = {field: getattr(store, field) for field in fields}
+        return {**known, "calibration": json.loads(store.calibration), "profiles": found}
+
+    def enroll(self, name, recordings, add=False):
+        """Make a profile from recordings of one person. All of them are kept, or none.
+
+        Arguments
+        ---------
+        name : str
+            Any text, compared in Unicode's form NFC.
+        recordings : list of (str, Path, bytes or (array, int))
+            Audio files, their content, or samples [T] with their sample rate in Hz; of any rate.
+        add : bool
+            Add the recordings to the profile that has this name already. Without it such a name is refused, so that no
+            two persons are mixed up in one profile.
+
+        Raises
+        ------
+        ValueError
+            If a recording cannot be used, which the sentence names, the name is taken (or with ``add``: is not),
+            empty or ends in blanks, or the encoder is none of the store's models.
+        OSError
+            If the file cannot be written.
+        """
+        name = _checked_name(name)
+        recordings = _listed(recordings)
+        if not recordings:
+            raise ValueError(f"A profile needs at least one recording, but got none for {name!r}.")
+        with self._file.transaction() as connection:  # what can be known before the work is said before it
+            store = self._file.read_store(connection)
+            self._check_enrolls(store)
+            if store is not None:
+                self._check_name(connection, name, add)
+        embeddings = []
+        bar = tqdm(recordings, desc="recordings", delay=2, disable=None, leave=False)
+        for number, recording in enumerate(bar, start=1):
+            try:
+                embeddings.append(self._embedding(self._enroller, recording))
+            except ValueError as error:
+                if isinstance(recording, str | os.PathLike) or len(recordings) == 1:
+                    raise
+                raise ValueError(f"Recording {number} of {len(recordings)}: {error}") from error
+        self.enroll_embeddings([(name, np.stack(embeddings))], add)
+
+    def enroll_embeddings(self, profiles, add=False):
+        """Make profiles from embeddings that the enrolling encoder has made: many at once, all or none.
+
+        Arguments
+        ---------
+        profiles : iterable of (str, array)
+            Names and embeddings [K, D], as the encoder gives them.
+        add : bool
+            See :meth:`enroll`.
+
+        Raises
+        ------
+        ValueError, OSError
+            As for :meth:`enroll`.
+        """
+        with self._file.writing(self._new_store) as (connection, store):
+            self._check_enrolls(store)
+            model = self._model_number(connection, self._enroller)
+            for name, embeddings in profiles:
+                name = _checked_name(name)
+                embeddings = self._checked_embeddings(embeddings, self._enroller)  # [K, D]
+                self._check_name(connection, name, add)
+                number = connection.execute(
+                    "INSERT INTO profile (name, change) VALUES (?, ?) "
+                    "ON CONFLICT (name) DO UPDATE SET change = excluded.change RETURNING id",
+                    (name, store.num_changes + 1),
+                ).fetchone()[0]
+                rows = [(number, model, embedding.tobytes()) for embedding in embeddings]
+                connection.executemany("INSERT INTO recording (profile, model, embedding) VALUES (?, ?, ?)", rows)
+
+    def verify(self, name, recording, false_accept_rate=None):
+        """Is this the person of that name?
+
+        Arguments
+        ---------
+        name : str
+            Of a profile.
+        recording : str, Path, bytes or (array, int)
+            See :meth:`enroll`.
+        false_accept_rate : float, optional
+            One that there is a threshold for. None: the store's.
+
+        Returns
+        -------
+        Verification
+
+        Raises
+        ------
+        ValueError
+            If there is no such profile, the recording cannot be used, the encoder is not the store's runtime model,
+            or there is no threshold for the rate.
+        """
+        name = _checked_name(name)
+
+        def read(connection):
+            store = self._recognising_store(connection)
+            threshold = self._threshold(store, false_accept_rate)
+            number = self._number(connection, name) if self._file.read_store(connection) is not None else None
+            profile = None if number is None else self._read_profiles(connection, np.array([number]))[1][0]  # [Dz]
+            if profile is None:
+                raise ValueError(f"There is no profile {name!r} in {self.path}.")
+            return profile, *threshold
+
+        with self._file.transaction() as connection:
+            read(connection)
+        utterance = self._utterance(recording)  # [Dz]
+        with self._file.transaction() as connection:  # again: it may have been removed or migrated meanwhile
+            profile, threshold, rate = read(connection)
+        score = float(profile @ utterance)
+        return Verification(name, score, score >= threshold, threshold, rate)
+
+    def identify(self, recording, num_candidates=5, false_accept_rate=None):
+        """Who is this? The best profile if it reaches the threshold, else nobody.
+
+        The false-accept rate belongs to one comparison. Among N profiles a stranger is taken for somebody up to N
+        times as often: give a lower rate here where the store is large.
+
+        Arguments
+        ---------
+        recording : str, Path, bytes or (array, int)
+            See :meth:`enroll`.
+        num_candidates : int
+            How many of the best are told.
+        false_accept_rate : float, optional
+            One that there is a threshold for. None: the store's.
+
+        Returns
+        -------
+        Identification
+
+        Raises
+        ------
+        ValueError
+            If the recording cannot be used, the encoder is not the store's runtime model, or there is no threshold
+            for the rate.
+        """
+        if not isinstance(num_candidates, int) or num_candidates < 1:
+            raise ValueError(f"num_candidates can only be a whole number of at least 1, but got {num_candidates!r}.")
+        with self._file.transaction() as connection:
+            self._threshold(self._recognising_store(connection), false_accept_rate)
+        return self._search(self._utterance(recording), num_candidates, false_accept_rate)
+
+    def identify_mixture(self, recording, separator, num_candidates=5, false_accept_rate=None, progress=None):
+        """Who speaks at the same time? Separates a recording, and identifies each voice.
+
+        Each voice is identified for itself: the same name for two voices means that the separator left one person in
+        both.
+
+        Arguments
+        ---------
+        recording : str, Path, bytes or binary file object
+            Audio of any format and rate.
+        separator : SepformerDSDSeparation
+            :class:`dsd_modules.inference.SepformerDSDSeparation`.
+        num_candidates, false_accept_rate
+            See :meth:`identify`.
+        progress : callable, optional
+            Called with the seconds separated and in all.
+
+        Returns
+        -------
+        list of MixtureVoice
+            In the separator's order. Voices 40 dB below the loudest one are silent.
+
+        Raises
+        ------
+        ValueError
+            As for :meth:`identify`, or if the recording cannot be separated or a voice is too short.
+        """
+        with self._file.transaction() as connection:
+            self._threshold(self._recognising_store(connection), false_accept_rate)
+        voices = _array(separator.separate_file(recording, progress=progress))  # [T, N]
+        levels = np.sqrt(np.mean(np.square(voices, dtype=np.float64), axis=0))  # [N]
+        found = []
+        for number, (voice, level) in enumerate(zip(voices.T, levels, strict=True), start=1):
+            level_db = 20 * math.log10(level / levels.max()) if level > 0 else -math.inf
+            identification = None
+            if level_db > _SILENT_DB:
+                samples = np.ascontiguousarray(voice), separator.sample_rate
+                try:
+                    identification = self.identify(samples, num_candidates, false_accept_rate)
+                except ValueError as error:
+                    raise ValueError(f"Voice {number} of the mixture: {error}") from error
+            found.append(MixtureVoice(number, level_db, identification))
+        return found
+
+    def remove(self, *names):
+        """Forget profiles: all of them or, where one is not known, none. Nothing of them is left in the file.
+
+        SQLite's secure_delete overwrites what is deleted with zeros, but where SQLite had moved rows to another page
+        before, it may have left copies of them in the gaps between rows, which nothing overwrites: in trials, of 1 to 3
+        in 3,565 people removed. So the file is written anew (VACUUM). That takes time in proportion to the file, in
+        which other processes wait, and as much room again: give many names at once. If this process is killed before
+        that is done, the next ``enroll``, ``remove`` or ``migrate`` of any process does it first. What the file system
+        or the disk keep of earlier states is beyond this, as are backups.
+
+        Arguments
+        ---------
+        *names : str
+
+        Raises
+        ------
+        ValueError
+            If there is no such profile.
+        OSError
+            If the file cannot be written; where the profiles were removed already, the sentence says so.
+        """
+        names = list(dict.fromkeys(_checked_name(name) for name in names))
+        with self._file.writing() as (connection, _):
+            numbers = [self._number(connection, name) for name in names]
+            for name, number in zip(names, numbers, strict=True):
+                if number is None:
+                    raise ValueError(f"There is no profile {name!r} in {self.path}.")
+            rows = [(number,) for number in numbers]
+            connection.executemany("DELETE FROM recording WHERE profile = ?", rows)
+            connection.executemany("DELETE FROM profile WHERE id = ?", rows)
+            connection.execute("DELETE FROM model WHERE id NOT IN (SELECT model FROM recording)")
+            connection.execute("UPDATE store SET num_removals = num_removals + 1, has_traces = 1")
+        try:
+            self._file.overwrite_traces()
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"{error.strerror}; the profiles are removed, but traces of them may be left in the file: the next "
+                "enroll, remove or migrate overwrites them",
+                str(self.path),
+            ) from error
+
+    def migrate(self, alignment, encoder=None, calibration=None, false_accept_rate=None):
+        """Move the whole store to another runtime model, without any audio: in one step, or not at all.
+
+        The embeddings stay as they are; from now on they are compared through the alignment. Each must have been made
+        by one of the alignment's two models; people can be enrolled with either of them from then on.
+
+        Arguments
+        ---------
+        alignment : Alignment or None
+            From the model that made the profiles to the new one. None: to ``encoder`` alone, which must have made all
+            profiles.
+        encoder : SpeakerEncoder, optional
+            The new runtime model, with which this object goes on. None: it goes on without one.
+        calibration : list of dict, optional
+            Thresholds, from :func:`calibrate`. None: those of the alignment.
+        false_accept_rate : float, optional
+            Which of them counts. None: the store's.
+
+        Raises
+        ------
+        ValueError
+            If profiles were made by other models (it tells how many and which), or their size is not what the
+            alignment takes; or the encoder is not the alignment's runtime model.
+        OSError
+            If the file cannot be written.
+        """
+        if alignment is None and encoder is None:
+            raise ValueError("migrate needs an alignment, or an encoder that has made all profiles.")
+        if alignment is not None and encoder is not None and encoder.model_id != alignment.runtime_model_id:
+            raise ValueError(
+                f"The alignment's runtime model is {alignment.runtime_model_id}, but the encoder is model "
+                f"{encoder.model_id}."
+            )
+        moved = copy.copy(self)  # on the same file
+        moved.alignment, moved._enroller, moved._recogniser = alignment, encoder, encoder
+        moved._check_encoders()
+        moved._calibration = None if calibration is None else _checked_calibration(calibration, "calibration")
+        moved._rate = false_accept_rate
+        with self._file.writing() as (connection, store):
+            if false_accept_rate is None:
+                moved._rate = store.false_accept_rate
+            fields = moved._new_store()
+            models = moved._known_models()
+            counts = connection.execute(
+                "SELECT model_id, embedding_size, count(DISTINCT profile) FROM recording JOIN model "
+                "ON model.id = recording.model GROUP BY model_id ORDER BY model_id"
+            ).fetchall()
+            strangers = [f"model {model_id} ({count})" for model_id, _, count in counts if model_id not in models]
+            if strangers:
+                total = connection.execute("SELECT count(*) FROM profile").fetchone()[0]
+                num_strange = connection.execute(
+                    "SELECT count(DISTINCT profile) FROM recording JOIN model ON model.id = recording.model "
+                    f"WHERE model_id NOT IN ({', '.join('?' * len(models))})",
+                    models,
+                ).fetchone()[0]
+                knows = f"{'the alignment' if alignment else 'it'} knows {' and '.join(models)}"
+                raise ValueError(
+                    f"{num_strange} of the {total} profiles in {self.path} cannot be moved: they were made by "
+                    f"{', '.join(strangers)}, but {knows}."
+                )
+            for model_id, size, _ in counts:
+                moved._map(model_id, np.eye(1, size, dtype=np.float32))  # refuses a size that does not fit
+            assignments = ", ".join(f"{field} = :{field}" for field in fields)
+            connection.execute(f"UPDATE store SET {assignments}", fields)
+        self.alignment, self._enroller, self._recogniser = alignment, encoder, encoder
+        self._calibration, self._rate, self._loaded = moved._calibration, None, None
+
+    def set_calibration(self, calibration, false_accept_rate=None):
+        """Replace the thresholds; a store that is not there yet is created without profiles.
+
+        Arguments
+        ---------
+        calibration : list of dict
+            From :func:`calibrate`, with scores of the models and the alignment of this store.
+        false_accept_rate : float, optional
+            Which of them counts. None: the store's.
+
+        Raises
+        ------
+        ValueError
+            If it is none, or has no threshold for the rate.
+        OSError
+            If the file cannot be written.
+        """
+        entries = _checked_calibration(calibration, "calibration")
+        with self._file.writing(self._new_store) as (connection, store):
+            self._check_alignment(store)
+            rate = false_accept_rate if false_accept_rate is not None else store.false_accept_rate
+            _find_threshold(entries, rate, self.path)
+            connection.execute("UPDATE store SET calibration = ?, false_accept_rate = ?", (json.dumps(entries), rate))
+
+    def close(self):
+        """Close the file. The next call opens it again."""
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    # What is compared
+
+    def _check_encoders(self):
+        """Refuse encoders that do not belong to the alignment, or without one to each other."""
+        given = [encoder for encoder in (self._enroller, self._recogniser) if encoder is not None]
+        if self.alignment is None:
+            if len({encoder.model_id for encoder in given}) > 1:
+                raise ValueError(
+                    f"Embeddings of two models, {given[0].model_id} and {given[1].model_id}, can only be compared "
+                    "through an alignment of the two, but got none."
+                )
+            return
+        models = self._known_models()
+        if None in models:
+            raise ValueError("The alignment does not say which models it aligns: save it with their ids and load it.")
+        for encoder in given:
+            if encoder.model_id not in models:
+                raise ValueError(
+                    f"The alignment is one of the models {' and '.join(models)}, but the encoder is model "
+                    f"{encoder.model_id}."
+                )
+        if self._enroller is not self._recogniser and self._recogniser.model_id != self.alignment.runtime_model_id:
+            raise ValueError(
+                f"The alignment's runtime model is {self.alignment.runtime_model_id}, but the encoder that is to "
+                f"recognise is model {self._recogniser.model_id}."
+            )
+
+    def _known_models(self):
+        """The ids of the models whose embeddings can be compared."""
+        if self.alignment is None:
+            return [self._enroller.model_id]
+        return list(dict.fromkeys((self.alignment.enroll_model_id, self.alignment.runtime_model_id)))
+
+    def _check_alignment(self, store):
+        """Refuse to score with another alignment than the store's."""
+        given = None if self.alignment is None else self.alignment.alignment_id
+        if given == store.alignment_id:
+            return
+        if store.alignment_id is None:
+            expected = f"model {store.runtime_model_id} without an alignment"
+        else:
+            expected = f"alignment {store.alignment_id} of models {store.enroll_model_id} and {store.runtime_model_id}"
+        got = "none" if given is None else f"alignment {given}"
+        raise ValueError(f"{self.path} is scored with {expected}, but got {got}: give what it expects, or migrate it.")
+
+    def _check_one_of_its_models(self, store):
+        expected = list(dict.fromkeys((store.enroll_model_id, store.runtime_model_id)))
+        for encoder in (self._enroller, self._recogniser):
+            if encoder is not None and encoder.model_id not in expected:
+                raise ValueError(
+                    f"{self.path} is a store of model {' and '.join(expected)}, but the encoder is model "
+                    f"{encoder.model_id}: load that model, or migrate the store with an alignment of the two."
+                )
+
+    def _check_enrolls(self, store):
+        if self._enroller is None:
+            raise ValueError("Enrolling needs an encoder, but got none.")
+        if store is not None:
+            self._check_alignment(store)
+            self._check_one_of_its_models(store)
+
+    def _recognising_store(self, connection):
+        """The store, if it is this object's; where there is none yet, what it would be."""
+        if self._recogniser is None:
+            raise ValueError("Recognising needs an encoder, but got none.")
+        store = self._file.read_store(connection)
+        if store is None:
+            store = Store(**self._new_store(), num_changes=0, num_removals=0, has_traces=0)
+        self._check_alignment(store)
+        if self._recogniser.model_id != store.runtime_model_id:
+            raise ValueError(
+                f"{self.path} recognises with model {store.runtime_model_id}, but the encoder is model "
+                f"{self._recogniser.model_id}: load that model, or migrate the store with an alignment of the two."
+            )
+        return store
+
+    def _new_store(self):
+        """The fields of a store of this object's models, by name."""
+        entries = self._calibration
+        if entries is None:
+            entries = _checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
+        rate = DEFAULT_FALSE_ACCEPT_RATE if self._rate is None else self._rate
+        if entries:
+            _find_threshold(entries, rate, self.path)
+        alignment, encoder = self.alignment, self._enroller
+        return {
+            "enroll_model_id": encoder.model_id if alignment is None else alignment.enroll_model_id,
+            "runtime_model_id": encoder.model_id if alignment is None else alignment.runtime_model_id,
+            "alignment_id": None if alignment is None else alignment.alignment_id,
+            "calibration": json.dumps(entries),
+            "false_accept_rate": rate,
+        }
+
+    def _threshold(self, store, rate):
+        """The threshold for a rate, and the rate."""
+        entries = _checked_calibration(json.loads(store.calibration), str(self.path))
+        if not entries and self.alignment is not None:  # it was calibrated after the store was made
+            entries = _checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
+        for preferred in (rate, self._rate, store.false_accept_rate):
+            if preferred is not None:
+                return _find_threshold(entries, preferred, self.path), preferred
+
+    def _embedding(self, encoder, recording):
+        return self._checked_embeddings(encoder.encode_recording(recording), encoder)[0]  # [D]
+
+    def _checked_embeddings(self, embeddings, encoder):
+        embeddings = np.atleast_2d(np.ascontiguousarray(_array(embeddings), np.float32))  # [K, D]
+        if embeddings.ndim != 2 or not len(embeddings) or embeddings.shape[1] != encoder.embedding_size:
+            raise ValueError(
+                f"Embeddings of model {encoder.model_id} must have shape [K, {encoder.embedding_size}], but got "
+                f"{list(embeddings.shape)}."
+            )
+        norms = np.linalg.norm(embeddings, axis=1)
+        if not np.isfinite(norms).all() or not norms.all():
+            raise ValueError(f"Model {encoder.model_id} gave an embedding that is zero or not finite.")
+        return embeddings
+
+    def _utterance(self, recording):
+        """A recording in the space that is compared in, [Dz] of length 1."""
+        embedding = self._embedding(self._recogniser, recording)[None]  # [1, D]
+        if self.alignment is not None:
+            embedding = self._mapped(self.alignment.runtime, embedding, self._recogniser.model_id)
+        return _normalised(embedding, self.path)[0]
+
+    def _map(self, model_id, profiles):
+        """Profiles [K, D] of one model in the space that is compared in, [K, Dz] of length 1."""
+        alignment = self.alignment
+        if model_id not in self._known_models():
+            raise ValueError(f"{self.path} holds profiles of model {model_id}, which cannot be compared.")
+        if alignment is not None:
+            side = alignment.enroll if model_id == alignment.enroll_model_id else alignment.runtime
+            profiles = self._mapped(side, profiles, model_id)
+        return _normalised(profiles, self.path)
+
+    def _mapped(self, side, embeddings, model_id):
+        try:
+            return np.asarray(_array(side(embeddings)), np.float32)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"The alignment does not take embeddings of size {embeddings.shape[1]} of model {model_id}: {reason}"
+            ) from error
+
+    # What is read
+
+    def _search(self, utterance, num_candidates, rate):
+        with self._file.lock:
+            with self._file.transaction() as connection:
+                store = self._recognising_store(connection)
+                threshold, rate = self._threshold(store, rate)
+                self._refresh(connection, store)
+            loaded = self._loaded
+            scores = np.zeros(0, np.float32)
+            if loaded.count:
+                scores = loaded.matrix[: loaded.count] @ utterance  # [N]
+            best = np.arange(loaded.count)
+            if num_candidates < loaded.count:
+                best = np.argpartition(scores, -num_candidates)[-num_candidates:]
+            best = best[np.lexsort((best, -scores[best]))]
+            candidates = [Candidate(loaded.names[row], float(scores[row])) for row in best]
+        name = candidates[0].name if candidates and candidates[0].score >= threshold else None
+        return Identification(name, candidates, threshold, rate, loaded.count)
+
+    def _refresh(self, connection, store):
+        """Bring the loaded profiles to the state of the file; all or, after an interruption, loaded anew."""
+        loaded, self._loaded = self._loaded, None
+        is_successor = loaded is not None and loaded.file_identity == self._file.identity
+        if not is_successor or store.num_changes < loaded.num_changes:  # or somebody put a backup back
+            loaded = _Loaded(self._file.identity)
+        if store.num_changes > loaded.num_changes:
+            if store.num_removals != loaded.num_removals and loaded.count:
+                numbers = connection.execute("SELECT id FROM profile ORDER BY id")
+                loaded.keep_only(np.fromiter((number for (number,) in numbers), np.int64))
+            query = "SELECT id FROM profile WHERE change > ? ORDER BY id"
+            changed = np.fromiter((i for (i,) in connection.execute(query, (loaded.num_changes,))), np.int64)
+            with tqdm(total=len(changed), desc="profiles", delay=2, disable=None, leave=False) as bar:
+                for begin in range(0, len(changed), _CHUNK):
+                    numbers = changed[begin : begin + _CHUNK]
+                    loaded.put(numbers, *self._read_profiles(connection, numbers), num_left=len(changed) - begin)
+                    bar.update(len(numbers))
+            loaded.num_changes, loaded.num_removals = store.num_changes, store.num_removals
+        self._loaded = loaded
+
+    def _read_profiles(self, connection, numbers):
+        """The names and the vectors [K, Dz], of length 1, of profiles by their sorted numbers [K]."""
+        wanted = json.dumps(numbers.tolist())
+        rows = connection.execute(
+            "SELECT profile.id, name FROM json_each(?) AS wanted CROSS JOIN profile ON profile.id = wanted.value",
+            (wanted,),
+        ).fetchall()
+        names = [name for _, name in sorted(rows)]
+        rows = connection.execute(
+            "SELECT profile, model, embedding FROM json_each(?) AS wanted "
+            "CROSS JOIN recording ON recording.profile = wanted.value",
+            (wanted,),
+        ).fetchall()
+        models = {number: (id_, size) for number, id_, size in connection.execute("SELECT * FROM model")}
+        if len(names) != len(numbers) or any(model not in models for _, model, _ in rows):
+            raise self._file.damaged("its tables do not fit each other")
+        places = np.searchsorted(numbers, np.fromiter((row[0] for row in rows), np.int64, len(rows)))  # [R]
+        made_by = np.fromiter((row[1] for row in rows), np.int64, len(rows))  # [R]
+        total = 0.0
+        for model in np.unique(made_by):
+            model_id, size = models[int(model)]
+            own = np.flatnonzero(made_by == model)
+            blobs = [rows[row][2] for row in own]
+            if any(not isinstance(blob, bytes) or len(blob) != 4 * size for blob in blobs):
+                raise self._file.damaged("an embedding has another size than its model's")
+            embeddings = _normalised(np.frombuffer(b"".join(blobs), "<f4").reshape(-1, size), self.path)  # [R', D]
+            having, counts = np.unique(places[own], return_counts=True)
+            sums = embeddings
+            if len(having) < len(own):
+                sums = np.zeros((len(having), size), np.float32)
+                np.add.at(sums, np.searchsorted(having, places[own]), embeddings)
+            # A profile of both models: each one's mean is mapped, and counts by its recordings.
+            weighted = self._map(model_id, sums / counts[:, None]) * counts[:, None].astype(np.float32)
+            if len(having) < len(numbers):
+                spread = np.zeros((len(numbers), weighted.shape[1]), np.float32)
+                spread[having] = weighted
+                weighted = spread
+            total = total + weighted  # [K, Dz]
+        return names, _normalised(total, self.path)
+
+    def _number(self, connection, name):
+        row = connection.execute("SELECT id FROM profile WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
+
+    def _check_name(self, connection, name, add):
+        is_taken = self._number(connection, name) is not None
+        if add and not is_taken:
+            raise ValueError(f"There is no profile {name!r} in {self.path} to add recordings to.")
+        if not add and is_taken:
+            raise ValueError(
+                f"There is a profile {name!r} in {self.path} already: remove it first, or add the recordings to it."
+            )
+
+    def _model_number(self, connection, encoder):
+        row = connection.execute("SELECT id, embedding_size FROM model WHERE model_id = ?", (encoder.model_id,))
+        number, size = row.fetchone() or (None, None)
+        if number is None:
+            query = "INSERT INTO model (model_id, embedding_size) VALUES (?, ?) RETURNING id"
+            return connection.execute(query, (encoder.model_id, encoder.embedding_size)).fetchone()[0]
+        if size != encoder.embedding_size:
+            raise ValueError(
+                f"{self.path} holds embeddings of size {size} of model {encoder.model_id}, but the encoder's have "
+                f"size {encoder.embedding_size}."
+            )
+        return number
+
+
+class _Loaded:
+    """The profiles of a store in memory: one row each, sorted by their numbers."""
+
+    def __init__(self, file_identity):
+        self.file_identity = file_identity
+        self.numbers, self.names, self.matrix = np.zeros(0, np.int64), [], np.zeros((0, 0), np.float32)
+        self.count = self.num_changes = self.num_removals = 0
+
+    def put(self, numbers, names, vectors, num_left):
+        """Write or rewrite rows; num_left: how many are to come, these among them."""
+        rows = np.searchsorted(self.numbers[: self.count], numbers)
+        is_new = rows == self.count  # a number that is not known is higher than all that are
+        num_new = int(is_new.sum())
+        if self.count + num_new > len(self.matrix):
+            self._grow(self.count + num_left, vectors.shape[1])
+        rows[is_new] += np.arange(num_new)
+        self.matrix[rows], self.numbers[rows] = vectors, numbers
+        for row, name, new in zip(rows.tolist(), names, is_new.tolist(), strict=True):
+            if new:
+                self.names.append(name)
+            else:
+                self.names[row] = name
+        self.count += num_new
+
+    def keep_only(self, numbers):
+        """Drop the rows of all others, in place, and overwrite what was theirs."""
+        kept = np.flatnonzero(np.isin(self.numbers[: self.count], numbers, assume_unique=True))
+        for begin in range(0, len(kept), _CHUNK):
+            rows = kept[begin : begin + _CHUNK]
+            if rows[-1] >= begin + len(rows):  # something before was dropped
+                self.matrix[begin : begin + len(rows)] = self.matrix[rows]
+                self.numbers[begin : begin + len(rows)] = self.numbers[rows]
+        self.names = [self.names[row] for row in kept.tolist()]
+        self.matrix[len(kept) : self.count] = 0
+        self.count = len(kept)
+
+    def _grow(self, needed, size):
+        capacity = needed + needed // 8 + 16  # what is not written takes no memory
+        matrix, numbers = np.empty((capacity, size), np.float32), np.zeros(capacity, np.int64)
+        if self.count:
+            matrix[: self.count], numbers[: self.count] = self.matrix[: self.count], self.numbers[: self.count]
+        self.matrix, self.numbers = matrix, numbers
+
+
+def _array(values):
+    """A NumPy array of an array or tensor."""
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+def _normalised(vectors, path):
+    """Vectors [K, D] at length 1."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged ones
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or not norms.all():
+        raise ValueError(f"An embedding of {path} is zero or not finite where it is compared: it has no direction.")
+    return (vectors / norms).astype(np.float32, copy=False)
+
+
+def _listed(recordings):
+    """The list of recordings, also where one was given by itself."""
+    if isinstance(recordings, str | bytes | os.PathLike):
+        return [recordings]
+    recordings = recordings if isinstance(recordings, tuple) else list(recordings)
+    if len(recordings) == 2 and isinstance(recordings[1], int | np.integer):
+        return [tuple(recordings)]
+    return list(recordings)
+
+
+def _checked_name(name):
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"The name of a profile can only be a text that is not empty, but got {name!r}.")
+    if name != name.strip():
+        raise ValueError(f"The name of a profile can neither begin nor end with blanks, but got {name!r}.")
+    if "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"The name of a profile can only be a text that UTF-8 can hold, but got {name!r}.")
+    return unicodedata.normalize("NFC", name)
+
+
+def _checked_calibration(entries, what):
+    """The entries, in order of their rates."""
+    try:
+        pairs = sorted((float(entry["false_accept_rate"]), float(entry["threshold"])) for entry in entries)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{what} can only be a list of entries with a false_accept_rate and a threshold, but got {entries!r}."
+        ) from None
+    for rate, threshold in pairs:
+        if not 0 < rate < 1 or not math.isfinite(threshold):
+            raise ValueError(f"{what} has a false-accept rate of {rate!r} at a threshold of {threshold!r}.")
+    return [{"false_accept_rate": rate, "threshold": threshold} for rate, threshold in pairs]
+
+
+def _find_threshold(entries, rate, path):
+    for entry in entries:
+        if math.isclose(entry["false_accept_rate"], rate, rel_tol=1e-6):
+            return entry["threshold"]
+    if not entries:
+        raise ValueError(
+            f"{path} has no threshold: its models were never calibrated; calibrate on recordings of other speakers."
+        )
+    rates = ", ".join(f"{entry['false_accept_rate']:g}" for entry in entries)
+    raise ValueError(f"There are thresholds for the false-accept rates {rates}, but got {rate!r}.")

@@ -1,0 +1,573 @@
+"""Voice profiles from the command line: ``python -m nessa_modules.recognize identify talk.wav --model FOLDER``."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dsd_modules.separate import find_model, find_recordings
+from shared_modules.errors import RunError
+
+# What needs seconds to import (torch, SpeechBrain) waits until the command line was read.
+
+_EPILOG = """\
+examples:
+  python -m nessa_modules.recognize calibrate dev.csv --model old/exported
+  python -m nessa_modules.recognize enroll Ada ada1.wav ada2.flac --model old/exported
+  python -m nessa_modules.recognize verify Ada call.wav --model old/exported
+  python -m nessa_modules.recognize identify calls/ --model old/exported --json
+  python -m nessa_modules.recognize migrate --alignment old-to-new --model new/exported
+  python -m nessa_modules.recognize identify meeting.wav --mixture --alignment old-to-new --model new/exported
+  python -m nessa_modules.recognize remove Ada
+
+A model is a folder of a training run, its exported folder, or a name on the Hugging Face hub. Recordings may be of any
+format that soundfile reads and of any sample rate, folders of them, or - for standard input. The store is one file,
+which its owner alone can read; no audio is kept in it. COMMAND --help tells more.
+
+exit codes: 0 all was done, and verify accepted every recording; 1 verify rejected one; 2 something could not be done:
+each fault is named on standard error, and the other recordings are still done; 130 interrupted.
+"""
+_RATE_HELP = (
+    "use the threshold that this share of comparisons with other people's recordings reached on the development set "
+    "(default: the store's, which is 0.01 unless it was made with another). The rate is that of one comparison: among "
+    "N profiles, a stranger is taken for somebody up to N times as often"
+)
+
+
+def calibration_scores(alignment, profile_embeddings, utterance_embeddings, speakers, num_enroll=3):
+    """The scores of a development set's comparisons of different speakers.
+
+    They are what :func:`nessa_modules.profiles.calibrate` takes.
+
+    Arguments
+    ---------
+    alignment : Alignment or None
+        None where one model makes both.
+    profile_embeddings : array
+        [K, Dx], of the model that enrolls.
+    utterance_embeddings : array
+        [K, Dy], of the same K utterances, of the model that recognises.
+    speakers : list of str
+        Their K speakers.
+    num_enroll : int
+        The first so many utterances of each speaker make a profile.
+
+    Returns
+    -------
+    numpy.ndarray
+        The cosine of each profile with each utterance of another speaker.
+
+    Example
+    -------
+    >>> import numpy as np
+    >>> embeddings = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> calibration_scores(None, embeddings, embeddings, ["ann", "ann", "bob"]).tolist()
+    [0.0, 0.0, 0.0]
+    """
+    import numpy as np
+
+    def unit(vectors):
+        vectors = vectors.numpy() if hasattr(vectors, "numpy") else np.asarray(vectors)
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    names, owners = np.unique(speakers, return_inverse=True)  # [P], [K]
+    profile_embeddings = unit(profile_embeddings)
+    rows = [np.flatnonzero(owners == number)[:num_enroll] for number in range(len(names))]
+    profiles = np.stack([profile_embeddings[own].mean(0) for own in rows])  # [P, Dx]
+    utterances = unit(utterance_embeddings)  # [K, Dy]
+    if alignment is not None:
+        profiles, utterances = alignment.enroll(profiles), alignment.runtime(utterances)
+    scores = unit(profiles) @ unit(utterances).T  # [P, K]
+    return scores[owners[None] != np.arange(len(names))[:, None]]
+
+
+def main(argv=None):
+    """The command line.
+
+    Arguments
+    ---------
+    argv : list of str, optional
+        None: the arguments of the command.
+
+    Returns
+    -------
+    int
+        The exit code, see ``--help``.
+
+    Example
+    -------
+    >>> main(["list", "--store", "no/such/file"])
+    2
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (RunError, ValueError, OSError) as error:
+        _say_fault(error)
+        return 2
+
+
+# The commands
+
+
+def _enroll(arguments):
+    recordings = _recordings(arguments.recordings)
+    profiles = _open(arguments)
+    profiles.enroll(arguments.name, [recording for _, recording in recordings], add=arguments.add)
+    count = f"{len(recordings)} {'more ' if arguments.add else ''}recording{'s' if len(recordings) > 1 else ''}"
+    _tell(
+        arguments,
+        {"store": str(arguments.store), "name": arguments.name, "recordings": len(recordings)},
+        f"{arguments.name} is enrolled with {count}",
+    )
+    return 0
+
+
+def _verify(arguments):
+    def verify(profiles, recording):
+        result = profiles.verify(arguments.name, recording, arguments.false_accept_rate)
+        shown = "accepted as" if result.accepted else "rejected as"
+        line = f"{shown} {result.name}: score {result.score:.3f}, threshold {result.threshold:.3f}"
+        verified = {
+            "name": result.name,
+            "accepted": bool(result.accepted),
+            "score": result.score,
+            "threshold": result.threshold,
+            "false_accept_rate": result.false_accept_rate,
+        }
+        return [({}, verified, line)], bool(result.accepted)
+
+    profiles = _open(arguments, must_exist=True)
+    if arguments.name not in profiles.names():
+        raise RunError(f"There is no profile {arguments.name!r} in {arguments.store}.")
+    return _for_each(arguments, profiles, verify)
+
+
+def _identify(arguments):
+    separator = _load_separator(arguments) if arguments.mixture else None
+
+    def identify(profiles, recording):
+        if separator is None:
+            result = profiles.identify(recording, arguments.candidates, arguments.false_accept_rate)
+            return [({}, _identified(result), _identified_line(result))], True
+        with _SecondsBar() as bar:
+            voices = profiles.identify_mixture(
+                recording, separator, arguments.candidates, arguments.false_accept_rate, bar.progress
+            )
+        found = []
+        for voice in voices:
+            level = f"{voice.level_db:.0f} dB" if voice.level_db > float("-inf") else "nothing in it"
+            line = f"silent ({level})" if voice.is_silent else _identified_line(voice.identification)
+            known = {"name": None, "candidates": []} if voice.is_silent else _identified(voice.identification)
+            known["is_silent"] = voice.is_silent
+            found.append(({"voice": voice.number}, known, line))
+        return found, True
+
+    return _for_each(arguments, _open(arguments, must_exist=True), identify)
+
+
+def _remove(arguments):
+    profiles = _open(arguments, must_exist=True)
+    known = set(profiles.names())
+    names = [name for name in dict.fromkeys(arguments.names) if name in known]
+    for name in dict.fromkeys(arguments.names):
+        if name not in known:
+            _say_fault(f"There is no profile {name!r} in {arguments.store}.")
+    if names:
+        profiles.remove(*names)
+        for name in names:
+            _tell(arguments, {"store": str(arguments.store), "removed": name}, f"{name} is removed")
+    return 0 if len(names) == len(set(arguments.names)) else 2
+
+
+def _list(arguments):
+    known = _open(arguments, must_exist=True).describe()
+    if arguments.json:
+        print(json.dumps(known, ensure_ascii=False))
+        return 0
+    if known["alignment_id"] is None:
+        print(f"model:     {known['runtime_model_id']}")
+    else:
+        print(f"models:    {known['enroll_model_id']} enrolls, {known['runtime_model_id']} recognises")
+        print(f"alignment: {known['alignment_id']}")
+    thresholds = [
+        f"{entry['threshold']:.3f} at {entry['false_accept_rate']:g}"
+        + (" (the default)" if entry["false_accept_rate"] == known["false_accept_rate"] else "")
+        for entry in known["calibration"]
+    ]
+    print(f"threshold: {', '.join(thresholds) or 'none yet: use calibrate'}")
+    print(f"profiles:  {len(known['profiles'])}")
+    width = min(40, max((len(_printable(profile["name"])) for profile in known["profiles"]), default=0))
+    for profile in known["profiles"]:
+        count = f"{profile['recordings']} recording{'s' if profile['recordings'] > 1 else ''}"
+        print(f"  {_printable(profile['name']):<{width}}  {count:<14}  model {', '.join(profile['models'])}")
+    return 0
+
+
+def _migrate(arguments):
+    from nessa_modules.profiles import VoiceProfiles
+
+    if arguments.alignment is None and arguments.model is None:
+        raise RunError("migrate needs --alignment, or --model alone where that model has made all profiles.")
+    profiles = VoiceProfiles(arguments.store, must_exist=True)
+    alignment, encoder = _load_alignment(arguments), None
+    if arguments.model is not None:
+        encoder = _load_encoder(arguments.model, arguments.device)
+    profiles.migrate(alignment, encoder, false_accept_rate=arguments.false_accept_rate)
+    known = profiles.describe()
+    count, model = len(known["profiles"]), known["runtime_model_id"]
+    _tell(
+        arguments,
+        {"store": str(arguments.store), "runtime_model_id": model, "alignment_id": known["alignment_id"]},
+        f"{count} profile{'s' if count != 1 else ''} moved: recordings are recognised with model {model} from now on",
+    )
+    if not known["calibration"]:
+        print("note: there is no threshold yet: use calibrate", file=sys.stderr)
+    return 0
+
+
+def _calibrate(arguments):
+    from nessa_modules.corpora import read_corpus
+    from nessa_modules.profiles import DEFAULT_RATES, VoiceProfiles, calibrate
+
+    utterances = read_corpus(arguments.corpus, segment_seconds=arguments.segment_seconds)
+    speakers = [utterance.speaker for utterance in utterances]
+    if len(set(speakers)) < 2:
+        raise RunError(
+            f"A development set needs two speakers or more, but {arguments.corpus} has {len(set(speakers))}."
+        )
+    alignment = _load_alignment(arguments)
+    recogniser = _load_encoder(arguments.model, arguments.device)
+    enroller = recogniser
+    if arguments.enroll_model is not None:
+        enroller = _load_encoder(arguments.enroll_model, arguments.device)
+    expected = recogniser.model_id if alignment is None else alignment.enroll_model_id
+    if enroller.model_id != expected:
+        raise RunError(
+            f"Profiles are to be made by model {expected}, but got {enroller.model_id}: give it with --enroll_model."
+        )
+    profiles = VoiceProfiles(arguments.store, (enroller, recogniser), alignment)
+    progressbar = sys.stderr.isatty()
+    embeddings = recogniser.encode_utterances(utterances, progressbar)
+    of_profiles = embeddings if enroller is recogniser else enroller.encode_utterances(utterances, progressbar)
+    scores = calibration_scores(alignment, of_profiles, embeddings, speakers, arguments.num_enroll)
+    rates = arguments.rates or [rate for rate in DEFAULT_RATES if rate * len(scores) >= 1]
+    entries = calibrate(scores, sorted(set(rates or DEFAULT_RATES)))
+    rate = arguments.false_accept_rate
+    if rate is None and all(entry["false_accept_rate"] != 0.01 for entry in entries):
+        rate = entries[0]["false_accept_rate"]
+    profiles.set_calibration(entries, rate)
+    lines = [
+        f"  {entry['threshold']:.3f} at a false-accept rate of {entry['false_accept_rate']:g}" for entry in entries
+    ]
+    known = {"store": str(arguments.store), "comparisons": len(scores), "calibration": entries}
+    _tell(arguments, known, "\n".join([f"thresholds from {len(scores)} comparisons of different speakers:", *lines]))
+    return 0
+
+
+# What they share
+
+
+def _for_each(arguments, profiles, recognise):
+    """Recognise each recording and tell what came of it, whatever becomes of the others; the exit code."""
+    is_each_done = is_each_accepted = True
+    recordings = _recordings(arguments.recordings)
+    bar = tqdm(recordings, desc="recordings", leave=False, disable=None if len(recordings) > 1 else True)
+    for name, recording in bar:
+        try:
+            found, is_accepted = recognise(profiles, recording)
+            is_each_accepted &= is_accepted
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the rest is still to be done
+            is_each_done = False
+            fault = _fault(error)
+            fault = fault if name in fault else f"{name}: {fault}"
+            tqdm.write(f"error: {_printable(fault)}", file=sys.stderr)
+            if arguments.json:
+                _write(json.dumps({"recording": name, "error": fault}, ensure_ascii=False))
+            continue
+        for part, known, line in found:
+            if arguments.json:
+                _write(json.dumps({"recording": name, **part, **known}, ensure_ascii=False))
+            else:
+                voice = f", voice {part['voice']}" if part else ""
+                _write(_printable(f"{name}{voice}: {line}"))
+    return 2 if not is_each_done else 0 if is_each_accepted else 1
+
+
+def _identified(result):
+    return {
+        "name": result.name,
+        "candidates": [{"name": candidate.name, "score": candidate.score} for candidate in result.candidates],
+        "threshold": result.threshold,
+        "false_accept_rate": result.false_accept_rate,
+        "num_profiles": result.num_profiles,
+    }
+
+
+def _identified_line(result):
+    scores = [f"{candidate.name} {candidate.score:.3f}" for candidate in result.candidates]
+    if not scores:
+        return "nobody known: there are no profiles"
+    if result.name is None:
+        return f"nobody known: threshold {result.threshold:.3f}; best are {', '.join(scores)}"
+    others = f"; next are {', '.join(scores[1:])}" if scores[1:] else ""
+    return f"{result.name}: score {result.candidates[0].score:.3f}, threshold {result.threshold:.3f}{others}"
+
+
+def _recordings(sources):
+    """Each recording's name and what is read: a path, or the bytes of standard input."""
+    found, notes = find_recordings(sources, Path(os.devnull))
+    for note in notes:
+        print(f"note: {_printable(note)}", file=sys.stderr)
+    if not found:
+        raise RunError(f"There is no recording in {', '.join(sources)}.")
+    if any(path is None for path, _ in found) and sys.stdin.isatty():
+        raise RunError("- takes the recording from standard input, but that is the terminal.")
+    return [("stdin", sys.stdin.buffer.read()) if path is None else (str(path), str(path)) for path, _ in found]
+
+
+def _open(arguments, must_exist=False):
+    from nessa_modules.profiles import VoiceProfiles
+
+    if must_exist:  # before a model is loaded
+        VoiceProfiles(arguments.store, must_exist=True).close()
+    if getattr(arguments, "model", None) is None:
+        return VoiceProfiles(arguments.store, must_exist=must_exist)
+    alignment = _load_alignment(arguments)
+    encoder = _load_encoder(arguments.model, arguments.device)
+    rate = arguments.false_accept_rate
+    return VoiceProfiles(arguments.store, encoder, alignment, false_accept_rate=rate, must_exist=must_exist)
+
+
+def _load_alignment(arguments):
+    if arguments.alignment is None:
+        return None
+    from nessa_modules.alignment import load_alignment
+
+    return load_alignment(arguments.alignment)
+
+
+def _load_encoder(source, device):
+    from nessa_modules.encoder import SpeakerEncoder
+
+    return SpeakerEncoder.from_hparams(source, run_opts={"device": _device(device)})
+
+
+def _load_separator(arguments):
+    from dsd_modules.inference import SepformerDSDSeparation
+
+    try:
+        model = find_model(arguments.separator)
+    except RunError:  # whose sentence names another option
+        raise RunError(
+            "There is no separator here yet: train a small one with `make demo`, or give one with --separator, a "
+            "folder or a name on the Hugging Face hub such as speechbrain/sepformer-libri2mix."
+        ) from None
+    if arguments.separator is None:
+        print(f"separator: {_printable(model)}", file=sys.stderr)
+    return SepformerDSDSeparation.from_hparams(model, run_opts={"device": _device(arguments.device)})
+
+
+def _device(device):
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _SecondsBar:
+    """How much of a recording is separated, on a terminal."""
+
+    def __enter__(self):
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+        self._bar = tqdm(desc="separated", total=0, delay=1, leave=False, disable=None, bar_format=form)
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def progress(self, done_seconds, total_seconds):
+        self._bar.total = max(total_seconds, done_seconds)  # a header may promise too little
+        self._bar.update(done_seconds - self._bar.n)
+
+
+def _tell(arguments, known, line):
+    print(json.dumps(known, ensure_ascii=False) if arguments.json else "\n".join(map(_printable, line.split("\n"))))
+
+
+def _write(line):
+    """A line of the result, past the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _say_fault(error):
+    print(f"error: {_printable(_fault(error))}", file=sys.stderr)
+
+
+def _fault(error):
+    """One sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, RuntimeError | MemoryError):  # out of memory, or a bug
+        return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return str(error)
+
+
+def _printable(text):
+    """One line that any terminal takes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _leave(*_):
+    sys.exit(143)
+
+
+def _whole(text):
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"can only be a whole number from 1, but got {text!r}")
+
+
+def _share(text):
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"can only be above 0 and below 1, but got {text!r}")
+
+
+def _seconds(text):
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"can only be a positive number of seconds, but got {text!r}")
+
+
+def _parser():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m nessa_modules.recognize",
+        description="Enroll people by their voice, and tell whose a recording is.",
+        epilog=_EPILOG,
+        formatter_class=formatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument(
+        "--store", type=Path, default=Path("voices.db"), metavar="FILE", help="the profiles (default: voices.db)"
+    )
+    store.add_argument("--json", action="store_true", help="print an object per line, for programs")
+
+    def models(needs_model, help="of the store's models, the one that is to be used"):
+        options = argparse.ArgumentParser(add_help=False)
+        options.add_argument("--model", required=needs_model, metavar="FOLDER", help=help)
+        options.add_argument("--alignment", metavar="FOLDER", help="alignment of the store's two models, if it has two")
+        options.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+        options.add_argument("--false_accept_rate", type=_share, metavar="R", help=_RATE_HELP)
+        return options
+
+    def add(name, command, help, parents, description=None):
+        added = commands.add_parser(
+            name, help=help, description=description or f"{help[0].upper()}{help[1:]}.", parents=[store, *parents]
+        )
+        added.set_defaults(command=command)
+        return added
+
+    recordings = argparse.ArgumentParser(add_help=False)
+    recordings.add_argument(
+        "recordings", nargs="+", metavar="RECORDING", help="audio files, folders of them, or - for standard input"
+    )
+    person = argparse.ArgumentParser(add_help=False)
+    person.add_argument("name", metavar="NAME", help="of the person")
+
+    enroll = add(
+        "enroll",
+        _enroll,
+        "make a profile from recordings of one person",
+        [person, recordings, models(True)],
+        "Make a profile from recordings of one person: from all of them, or if one cannot be used from none. The first "
+        "one creates the store.",
+    )
+    enroll.add_argument("--add", action="store_true", help="add the recordings to a profile that is there already")
+    add(
+        "verify",
+        _verify,
+        "tell whether recordings are of a person",
+        [person, recordings, models(True)],
+        "Tell whether recordings are of a person. Exit code 0: all are accepted; 1: one is not; 2: a fault.",
+    )
+    identify = add(
+        "identify", _identify, "tell whose recordings are, or that it is nobody known", [recordings, models(True)]
+    )
+    identify.add_argument("--mixture", action="store_true", help="several speak at once: separate, and name each voice")
+    identify.add_argument(
+        "--separator", metavar="FOLDER", help="for --mixture: model that separates (default: this checkout's newest)"
+    )
+    identify.add_argument("--candidates", type=_whole, default=5, metavar="N", help="how many are told (default: 5)")
+    remove = add(
+        "remove",
+        _remove,
+        "forget people, without a trace in the file",
+        [],
+        "Forget people. The whole file is written anew, so that nothing of them is left in it: name many at once.",
+    )
+    remove.add_argument("names", nargs="+", metavar="NAME", help="of a person")
+    add("list", _list, "show the models, thresholds and profiles of a store", [])
+    add(
+        "migrate",
+        _migrate,
+        "move a store to another runtime model, without audio",
+        [
+            models(
+                False, "the new runtime model, to see that it is the alignment's; or alone, one that made all profiles"
+            )
+        ],
+        "Move a store to another runtime model, without audio: its profiles are compared through the alignment from "
+        "then on. Its thresholds become the alignment's.",
+    )
+    calibrate = add(
+        "calibrate",
+        _calibrate,
+        "set the thresholds of a store from a development set",
+        [models(True, "the model that recognises")],
+        "Set the thresholds from recordings of people that no model was trained on: each one's profile is compared "
+        "with the recordings of the others.",
+    )
+    calibrate.add_argument(
+        "corpus", metavar="CORPUS", help="csv (id, speaker, path), or folder in VoxCeleb's or LibriSpeech's layout"
+    )
+    calibrate.add_argument(
+        "--enroll_model", metavar="FOLDER", help="with --alignment: the model that makes profiles (default: --model)"
+    )
+    calibrate.add_argument(
+        "--num_enroll", type=_whole, default=3, metavar="N", help="recordings of a profile (default: 3)"
+    )
+    calibrate.add_argument(
+        "--segment_seconds", type=_seconds, metavar="S", help="cut longer recordings into pieces of at least S seconds"
+    )
+    calibrate.add_argument(
+        "--rates",
+        type=_share,
+        nargs="+",
+        metavar="R",
+        help="false-accept rates (default: of 0.001 0.01 0.05 those that there are comparisons enough for)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)  # as an exception, so that nothing half done is left
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(main())

@@ -1,0 +1,549 @@
+"""Speaker encoders: their folders, read without running anything, and their embeddings."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import voice
+
+from nessa_modules import encoder as encoder_module
+from nessa_modules.corpora import Utterance
+from nessa_modules.encoder import MIN_SECONDS, SpeakerEncoder, export_encoder, training_wiring
+from shared_modules.model_files import Plan
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "VoxCeleb" / "SpeakerAlignment"
+RATE = 8000
+SMALL = "sample_rate: 8000\nn_mels: 24\nn_fft: 256\nchannels: 16\nlast_channels: 24\nembedding_size: 12\n"
+SMALL_ECAPA = SMALL + "attention_channels: 8\nse_channels: 8\nres2net_scale: 4\n"
+KINDS = {"ecapa": SMALL_ECAPA, "xvector": SMALL}
+
+
+def wiring(kind):
+    return training_wiring(RECIPE / "hparams" / f"{kind}.yaml", KINDS[kind])
+
+
+def small_encoder(kind="ecapa", seed=0):
+    """Random weights, and the statistics of batch norm random as well, so that each of them counts."""
+    torch.manual_seed(seed)
+    encoder = SpeakerEncoder(wiring(kind))
+    state = encoder.mods["embedding_model"].state_dict()
+    for name, tensor in state.items():
+        if "running" in name:
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return SpeakerEncoder(wiring(kind), state)
+
+
+def export(folder, kind="ecapa", seed=0, num_speakers=5):
+    encoder = small_encoder(kind, seed)
+    weight = torch.randn(num_speakers, encoder.embedding_size) if num_speakers else None
+    names = [f"speaker'{number}" for number in range(num_speakers)] or None
+    return export_encoder(folder, encoder.wiring, encoder.mods["embedding_model"], weight, names), encoder, weight
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("encoder") / "exported")
+
+
+def speech(seconds, seed=0, rate=RATE):
+    return voice(np.random.default_rng(seed), int(seconds * rate), 140, rate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_item_of_a_padded_batch_gives_what_it_gives_alone(kind):
+    encoder = small_encoder(kind)
+    lengths = [8000, 5000, 2500, 5000]
+    wavs = torch.full((4, 8000), 0.7)  # what lies beyond the lengths does not matter
+    for row, length in enumerate(lengths):
+        wavs[row, :length] = torch.from_numpy(speech(length / RATE, seed=row))
+    together = encoder.encode_batch(wavs, torch.tensor(lengths) / 8000)
+    assert together.shape == (4, 12)
+    for row, length in enumerate(lengths):
+        alone = encoder.encode_batch(wavs[row : row + 1, :length])[0]
+        assert torch.allclose(together[row], alone, atol=1e-6)
+    assert not torch.allclose(together[1], together[3], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_is_the_same_each_time_and_in_any_company(kind):
+    """SpeechBrain's x-vector adds noise to the pooled means, also in eval mode."""
+    encoder = small_encoder(kind)
+    wavs = torch.from_numpy(np.stack([speech(0.5, seed) for seed in range(3)]))
+    first = encoder.encode_batch(wavs)
+    assert torch.equal(first, encoder.encode_batch(wavs))
+    assert torch.allclose(first, torch.cat([encoder.encode_batch(wav[None]) for wav in wavs]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_speakers", [0, 5])
+def test_the_exported_folder_loads_in_stock_speechbrain(kind, num_speakers, tmp_path):
+    from speechbrain.inference.classifiers import EncoderClassifier
+    from speechbrain.inference.speaker import SpeakerRecognition
+
+    folder, encoder, weight = export(tmp_path / "exported", kind, num_speakers=num_speakers)
+    wavs = torch.from_numpy(np.stack([speech(0.7, seed) for seed in range(2)]))
+    ours = SpeakerEncoder.from_hparams(folder)
+    assert torch.equal(ours.encode_batch(wavs), encoder.encode_batch(wavs))
+    for interface in (EncoderClassifier, SpeakerRecognition):
+        theirs = interface.from_hparams(str(folder), savedir=str(tmp_path / interface.__name__))
+        assert torch.allclose(theirs.encode_batch(wavs)[:, 0], ours.encode_batch(wavs), atol=1e-4)
+    if not num_speakers:
+        assert ours.classifier_weight is None
+        assert ours.speakers is None
+        return
+    theirs.hparams.label_encoder.expect_len(num_speakers)
+    probabilities, _, index, names = theirs.classify_batch(wavs)
+    cosines = torch.nn.functional.normalize(ours.encode_batch(wavs), dim=-1) @ ours.classifier_weight.T
+    assert torch.allclose(probabilities, cosines, atol=1e-4)
+    assert names == [ours.speakers[number] for number in index]
+    assert ours.speakers == [f"speaker'{number}" for number in range(num_speakers)]
+    assert torch.allclose(ours.classifier_weight, torch.nn.functional.normalize(weight, dim=-1))
+
+
+def test_stock_speechbrain_resamples_to_the_models_rate(exported, tmp_path):
+    from speechbrain.inference.classifiers import EncoderClassifier
+
+    theirs = EncoderClassifier.from_hparams(str(exported[0]), savedir=str(tmp_path))
+    assert theirs.audio_normalizer.sample_rate == RATE
+
+
+# The wiring of speechbrain/spkrec-ecapa-voxceleb and spkrec-xvect-voxceleb, with fewer channels.
+PUBLISHED = """
+n_mels: {n_mels}
+pretrained_path: speechbrain/spkrec-{kind}-voxceleb
+out_n_neurons: 6
+compute_features: !new:speechbrain.lobes.features.Fbank
+    n_mels: !ref <n_mels>
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+    std_norm: False
+embedding_model: !new:speechbrain.lobes.models.{model}
+classifier: !new:speechbrain.lobes.models.{classifier}
+    out_neurons: !ref <out_n_neurons>
+mean_var_norm_emb: !new:speechbrain.processing.features.InputNormalization
+    norm_type: global
+    std_norm: False
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    mean_var_norm_emb: !ref <mean_var_norm_emb>
+    embedding_model: !ref <embedding_model>
+    classifier: !ref <classifier>
+label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        embedding_model: !ref <embedding_model>
+        mean_var_norm_emb: !ref <mean_var_norm_emb>
+        classifier: !ref <classifier>
+        label_encoder: !ref <label_encoder>
+    paths:
+        embedding_model: !ref <pretrained_path>/embedding_model.ckpt
+        mean_var_norm_emb: !ref <pretrained_path>/mean_var_norm_emb.ckpt
+        classifier: !ref <pretrained_path>/classifier.ckpt
+        label_encoder: !ref <pretrained_path>/label_encoder.txt
+"""
+PUBLISHED_KINDS = {
+    "ecapa": {
+        "n_mels": 80,
+        "model": """ECAPA_TDNN.ECAPA_TDNN
+    input_size: !ref <n_mels>
+    channels: [16, 16, 16, 16, 48]
+    kernel_sizes: [5, 3, 3, 3, 1]
+    dilations: [1, 2, 3, 4, 1]
+    attention_channels: 8
+    lin_neurons: 12""",
+        "classifier": "ECAPA_TDNN.Classifier\n    input_size: 12",
+    },
+    "xvect": {
+        "n_mels": 24,
+        "model": """Xvector.Xvector
+    in_channels: !ref <n_mels>
+    activation: !name:torch.nn.LeakyReLU
+    tdnn_blocks: 5
+    tdnn_channels: [16, 16, 16, 16, 48]
+    tdnn_kernel_sizes: [5, 3, 3, 1, 1]
+    tdnn_dilations: [1, 2, 3, 1, 1]
+    lin_neurons: 12""",
+        "classifier": """Xvector.Classifier
+    input_shape: [null, null, 12]
+    activation: !name:torch.nn.LeakyReLU
+    lin_blocks: 1
+    lin_neurons: 12""",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED_KINDS)
+def test_a_published_folder_is_read(kind, tmp_path):
+    from hyperpyyaml import load_hyperpyyaml
+
+    text = PUBLISHED.format(kind=kind, **PUBLISHED_KINDS[kind])
+    built = load_hyperpyyaml(text)
+    modules = {name: built[name].eval() for name in ("embedding_model", "classifier")}
+    for name, module in modules.items():
+        torch.save(module.state_dict(), tmp_path / f"{name}.ckpt")
+    torch.save({"count": 1, "glob_mean": torch.zeros(12)}, tmp_path / "mean_var_norm_emb.ckpt")
+    (tmp_path / "hyperparams.yaml").write_text(text)
+    names = "".join(f"'id1000{number}' => {number}\n" for number in (2, 0, 1, 3, 5, 4))
+    (tmp_path / "label_encoder.txt").write_text(f"{names}================\n'starting_index' => 0\n")
+
+    encoder = SpeakerEncoder.from_hparams(tmp_path)
+    assert encoder.sample_rate == 16000
+    assert encoder.speakers == [f"id1000{number}" for number in range(6)]
+    assert (encoder.classifier_weight is None) == (kind == "xvect")  # several layers are no direction per speaker
+    wavs = torch.from_numpy(speech(0.6, rate=16000))[None]
+    with torch.no_grad():
+        features = built["mean_var_norm"](built["compute_features"](wavs), torch.ones(1))
+        expected = modules["embedding_model"](features)[:, 0]
+    assert torch.allclose(encoder.encode_batch(wavs), expected, atol=1e-4)
+
+
+def test_the_full_size_recipes_are_the_published_models():
+    """As many weights as SpeechBrain's VoxCeleb models have."""
+    for kind, num_weights in (("ecapa", 20_767_552), ("xvector", 4_211_604)):
+        modules = encoder_module._build_modules(training_wiring(RECIPE / "hparams" / f"{kind}.yaml"), kind, "meta")
+        assert sum(p.numel() for p in modules["embedding_model"].parameters()) == num_weights
+
+
+def test_the_id_is_of_the_wiring_and_the_weights_alone(exported, tmp_path):
+    folder, encoder, _ = exported
+    assert len(encoder.model_id) == 16
+    moved = shutil.copytree(folder, tmp_path / "under another name")
+    (moved / "classifier.ckpt").unlink()
+    (moved / "label_encoder.ckpt").unlink()
+    assert SpeakerEncoder.from_hparams(moved).model_id == encoder.model_id
+
+    state = torch.load(moved / "embedding_model.ckpt", weights_only=True)
+    for name in state:
+        if name.endswith("num_batches_tracked"):
+            state[name] += 1  # changes no embedding
+    torch.save(state, moved / "embedding_model.ckpt")
+    assert SpeakerEncoder.from_hparams(moved).model_id == encoder.model_id
+    state["fc.conv.bias"][0] += 1e-3
+    torch.save(state, moved / "embedding_model.ckpt")
+    assert SpeakerEncoder.from_hparams(moved).model_id != encoder.model_id
+
+    other = shutil.copytree(folder, tmp_path / "other wiring")
+    text = (other / "hyperparams.yaml").read_text()
+    (other / "hyperparams.yaml").write_text(text.replace("hop_length: 10", "hop_length: 12"))
+    assert SpeakerEncoder.from_hparams(other).model_id != encoder.model_id
+
+
+def test_the_folder_of_a_run_holds_its_exported_model(exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "exported")
+    assert SpeakerEncoder.from_hparams(tmp_path).model_id == exported[1].model_id
+
+
+@pytest.mark.parametrize(("rate", "channels", "form"), [(8000, 1, "WAV"), (44100, 2, "WAV"), (16000, 1, "FLAC")])
+def test_a_recording_of_any_form_gives_nearly_the_same(rate, channels, form, tmp_path):
+    encoder = small_encoder()
+    samples = voice(np.random.default_rng(1), 2 * rate, 140, rate)
+    expected = encoder.encode_batch(torch.from_numpy(voice(np.random.default_rng(1), 2 * RATE, 140, RATE))[None])[0]
+    path = tmp_path / f"voice.{form.lower()}"
+    soundfile.write(path, np.stack([samples] * channels, 1), rate, format=form)
+    given = [path, path.read_bytes(), io.BytesIO(path.read_bytes()), (np.stack([samples] * channels, 1), rate)]
+    for recording in given:
+        embedding = encoder.encode_recording(recording)
+        assert embedding.shape == (12,)
+        assert torch.cosine_similarity(embedding, expected, dim=0) > 0.98
+
+
+def test_samples_may_be_integers_or_a_tensor():
+    encoder = small_encoder()
+    samples = speech(1)
+    in_16_bits = (samples * 2**15).round().astype(np.int16)
+    samples = in_16_bits / np.float32(2**15)
+    expected = encoder.encode_recording((samples, RATE))
+    assert torch.equal(encoder.encode_recording((in_16_bits, RATE)), expected)
+    tensor = torch.from_numpy(samples).requires_grad_()
+    assert torch.equal(encoder.encode_recording((tensor, RATE)), expected)
+
+
+def test_the_weights_are_a_copy():
+    """Training may go on; the id stays that of the embeddings."""
+    encoder = small_encoder()
+    state = encoder.mods["embedding_model"].state_dict()
+    again = SpeakerEncoder(encoder.wiring, state)
+    wavs = torch.from_numpy(speech(0.5))[None]
+    before = again.encode_batch(wavs)
+    state["fc.conv.bias"] += 1
+    assert torch.equal(again.encode_batch(wavs), before)
+
+
+def test_a_long_recording_is_embedded_in_pieces():
+    encoder = small_encoder()
+    samples = np.concatenate([speech(40, 1), speech(40, 2), speech(40, 3)])  # two pieces of a minute
+    pieces = [encoder.encode_batch(torch.from_numpy(half)[None])[0] for half in np.split(samples, 2)]
+    assert torch.allclose(encoder.encode_recording((samples, RATE)), (pieces[0] + pieces[1]) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recording", "sentence"),
+    [
+        ((np.zeros(8000, np.float32), RATE), "^the recording is silent"),
+        ((speech(0.1), RATE), r"^the recording is too short: .* at least 0.25 s, but got 0.100 s"),
+        ((np.full(8000, np.nan, np.float32), RATE), "^the recording holds samples that are NaN"),
+        ((np.zeros((0,), np.float32), RATE), r"^the recording can only be samples .* got shape \[0\]"),
+        ((np.zeros((2, 3, 4), np.float32), RATE), r"^the recording can only be samples .* got shape \[2, 3, 4\]"),
+        ((speech(1), 0), "^the recording: its sample rate can only be 100 to 768000 Hz, but got 0"),
+        ((speech(1), True), "but got True"),
+        (("a", "b", "c"), r"^the recording can only be given as \(samples, sample rate\)"),
+        (b"no audio", "^the recording cannot be read as audio"),
+        (b"", "^the recording is empty"),
+        ("no/such/file.wav", "^The audio file no/such/file.wav was not found"),
+        (7, "A recording can only be"),
+    ],
+)
+def test_what_is_no_voice_is_refused(recording, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small_encoder().encode_recording(recording)
+
+
+@pytest.mark.parametrize(
+    ("wavs", "shares", "sentence"),
+    [
+        (torch.zeros(2, 3, 4), None, r"floating-point tensor \[B, T\], but got torch.float32 \[2, 3, 4\]"),
+        (torch.zeros(2, 4000, dtype=torch.int16), None, "but got torch.int16"),
+        ([1.0, 2.0], None, "but got list"),
+        (torch.zeros(0, 4000), None, "must not be empty"),
+        (torch.zeros(1, 100), None, "at least 0.25 s .2000 samples at 8000 Hz., but got 100"),
+        (torch.zeros(2, 4000), torch.tensor([1.0, 0.1]), "but got 400 samples"),
+        (torch.zeros(2, 4000), torch.tensor([1.0, 1.5]), "shares above 0 up to 1"),
+        (torch.zeros(2, 4000), torch.ones(3), r"can only be \[2\] shares"),
+        (torch.full((2, 4000), float("nan")), None, "Item 0 of the batch gives no finite embedding"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(wavs, shares, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small_encoder().encode_batch(wavs, shares)
+
+
+def write_utterances(folder, lengths):
+    utterances = []
+    for number, seconds in enumerate(lengths):
+        path = folder / f"{number}.wav"
+        soundfile.write(path, speech(seconds, seed=number), RATE, subtype="FLOAT")
+        utterances.append(Utterance(f"u{number}", f"s{number % 2}", str(path), seconds))
+    return utterances
+
+
+@pytest.mark.parametrize("batch_seconds", [0.1, 1.5, 60])
+def test_utterances_keep_their_order(batch_seconds, tmp_path):
+    encoder = small_encoder()
+    utterances = write_utterances(tmp_path, [0.8, 0.4, 0.8, 70.0, 0.5, 0.8])
+    utterances.append(Utterance("part", "s0", utterances[3].path, 0.6, start_s=1.0))
+    embeddings = encoder.encode_utterances(utterances, progressbar=False, batch_seconds=batch_seconds)
+    assert embeddings.shape == (7, 12)
+    for row, utterance in enumerate(utterances[:-1]):
+        assert torch.allclose(embeddings[row], encoder.encode_recording(utterance.path), atol=1e-5)
+    part = speech(70.0, seed=3)[RATE : RATE + 4800]
+    assert torch.allclose(embeddings[-1], encoder.encode_batch(torch.from_numpy(part)[None])[0], atol=1e-5)
+    assert encoder.encode_utterances([], progressbar=False).shape == (0, 12)
+
+
+def test_embeddings_can_be_learned_from(tmp_path):
+    """Tensors of inference mode could not."""
+    layer = torch.nn.Linear(12, 3)
+    encoder = small_encoder()
+    wavs = torch.from_numpy(speech(0.5))[None]
+    utterances = write_utterances(tmp_path, [0.5])
+    for embeddings in (encoder.encode_batch(wavs), encoder.encode_utterances(utterances, progressbar=False)):
+        layer(embeddings).sum().backward()
+        assert layer.weight.grad is not None
+
+
+def test_a_silent_utterance_is_named(tmp_path):
+    utterances = write_utterances(tmp_path, [0.5, 0.5])
+    soundfile.write(utterances[1].path, np.zeros(4000), RATE)
+    with pytest.raises(ValueError, match=r"1.wav \(u1\) is silent"):
+        small_encoder().encode_utterances(utterances, progressbar=False)
+
+
+# What a folder may not ask for, by what is replaced in its YAML.
+HOSTILE = [
+    ("!new:speechbrain.lobes.features.Fbank", "!new:os.system", "os.system"),
+    ("!new:speechbrain.lobes.features.Fbank", "!apply:os.system", "tag !apply:os.system is not allowed"),
+    ("!new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN", "!new:subprocess.Popen", "subprocess.Popen"),
+    ("!new:speechbrain.dataio.preprocess.AudioNormalizer", "!new:pathlib.Path", "pathlib.Path, which is no part"),
+    ("!new:speechbrain.dataio.preprocess.AudioNormalizer", "!name:torch.load", "torch.load, which is no part"),
+    ("!new:speechbrain.dataio.preprocess.AudioNormalizer", "!module:os", "tag !module:os is not allowed"),
+    ("sample_rate: !ref <sample_rate>", "sample_rate: !include:/etc/passwd", "!include:/etc/passwd is not allowed"),
+    ("\nsample_rate: 8000", "\nsample_rate: !!python/object/apply:os.getcwd []", "is not allowed"),
+    ("\nsample_rate: 8000", "\nsample_rate: 16000", "sample_rate is 16000, but its features are of 8000 Hz"),
+    ("  sample_rate: 8000", "  sample_rate: 0.5", "sample_rate can only be a whole number of 1000 to 768000 Hz"),
+    ("channels: [16, 16, 16, 16, 24]", "channels: [90000, 90000, 90000, 90000, 90000]", "do not fit"),
+    ("channels: [16, 16, 16, 16, 24]", "channels: [9000000, 16, 16, 16, 24]", "channels can only be up to 100000"),
+    ("channels: [16, 16, 16, 16, 24]", f"channels: [{', '.join(['16'] * 500)}]", "can only have up to 64 values"),
+    ("channels: [16, 16, 16, 16, 24]", "channels: many", "cannot be built"),
+    ("lin_neurons: 12", "lin_neurons: 13", "do not fit"),
+    ("lin_neurons: 12", "lin_neurons: 12\n  activation: !name:os.system", "os.system, which is no part"),
+    ("lin_neurons: 12", "lin_neurons: 12\n  activation: os.system", "activation can only be one of"),
+    ("lin_neurons: 12", "lin_neurons: 12\n  unheard_of: 1", "unheard_of"),
+    ("n_mels: 24", "n_mels: 100000", "n_mels can only be up to 512"),
+    ("n_mels: 24", "n_mels: 25", "does not embed"),
+    ("n_fft: 256", "n_fft: 100000", "n_fft can only be up to 16384"),
+    ("hop_length: 10", "hop_length: 0.00001", "does not embed"),
+    ("hop_length: 10", "hop_length: .nan", "hop_length can only be up to"),
+    ("hop_length: 10", "hop_length: 10\n  requires_grad: true", "can only have fixed filters"),
+    ("norm_type: sentence", "norm_type: global", "norm_type sentence, but got 'global'"),
+    ("embedding_model: !new", "embedding_model: {}\nmodel: !new", "embedding_model can only be"),
+]
+
+
+@pytest.mark.parametrize(("part", "replacement", "sentence"), HOSTILE)
+def test_a_folder_that_asks_for_something_else_is_refused(part, replacement, sentence, exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "hostile")
+    text = (folder / "hyperparams.yaml").read_text()
+    assert part in text
+    (folder / "hyperparams.yaml").write_text(text.replace(part, replacement, 1))
+    with pytest.raises(ValueError, match=sentence):
+        SpeakerEncoder.from_hparams(folder)
+
+
+def test_an_alias_bomb_is_refused(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "hostile")
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 20))
+    (folder / "hyperparams.yaml").write_text(bomb + (folder / "hyperparams.yaml").read_text())
+    with pytest.raises(ValueError, match="too long for a model's wiring"):
+        SpeakerEncoder.from_hparams(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("here_the_payload_was_run",)
+
+
+@pytest.mark.parametrize("name", ["embedding_model.ckpt", "classifier.ckpt"])
+def test_a_pickle_is_not_unpickled(name, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(exported[0], tmp_path / "hostile")
+    torch.save({"weight": Payload()}, folder / name)
+    with pytest.raises(ValueError, match=f"{name} is no checkpoint of weights alone"):
+        SpeakerEncoder.from_hparams(folder)
+    assert not (tmp_path / "here_the_payload_was_run").exists()
+
+
+@pytest.mark.parametrize("name", ["hyperparams.yaml", "embedding_model.ckpt", "classifier.ckpt", "label_encoder.ckpt"])
+def test_a_pipe_is_not_waited_for(name, exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "hostile")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=name):
+        SpeakerEncoder.from_hparams(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').mkdir('x') => 0\n",
+        "'a' + 'b' => 0\n",
+        "'a' => 0\n'b' => 2\n",
+        "'a' => -1\n",
+        "[[['a']]] => 0\n",
+        "(" * 100_000 + " => 0\n",
+        "'a\n",
+        "\0",
+    ],
+)
+def test_a_list_of_speakers_is_text(text, exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "hostile")
+    (folder / "label_encoder.ckpt").write_text(text)
+    with pytest.raises(ValueError, match=r"label_encoder.ckpt"):
+        SpeakerEncoder.from_hparams(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda state: state.pop("fc.conv.bias"), "lacks fc.conv.bias"),
+        (lambda state: state.update(more=torch.zeros(1)), "holds more"),
+        (lambda state: state["fc.conv.bias"].fill_(float("nan")), "NaN or infinite, first in fc.conv.bias"),
+        (lambda state: state.update({"fc.conv.bias": torch.zeros(12, dtype=torch.int64)}), "fc.conv.bias can only be"),
+        (lambda state: state.update({"fc.conv.bias": torch.zeros(1).expand(10**9)}), "fc.conv.bias"),
+        (
+            lambda state: state.update({"asp_bn.norm.num_batches_tracked": torch.zeros(10**6, dtype=torch.int64)}),
+            "num_batches_tracked",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, sentence, exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "hostile")
+    state = torch.load(folder / "embedding_model.ckpt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "embedding_model.ckpt")
+    with pytest.raises(ValueError, match=sentence) as fault:
+        SpeakerEncoder.from_hparams(folder)
+    assert "hostile" in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["hyperparams.yaml", "embedding_model.ckpt"])
+def test_a_missing_file_is_named(name, exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        SpeakerEncoder.from_hparams(folder)
+
+
+def test_a_folder_without_classifier_or_names_is_enough(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    (folder / "label_encoder.ckpt").write_text("'only one' => 0\n")  # of something else
+    assert SpeakerEncoder.from_hparams(folder).speakers is None
+    (folder / "classifier.ckpt").unlink()
+    encoder = SpeakerEncoder.from_hparams(folder)
+    assert encoder.classifier_weight is None
+    assert encoder.model_id == exported[1].model_id
+
+
+def test_a_folder_of_something_else_is_not_replaced(exported, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        export(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_an_export_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
+    folder, encoder, _ = export(tmp_path / "exported")
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoder_module.torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        export(tmp_path / "exported", seed=1)
+    monkeypatch.undo()
+    assert SpeakerEncoder.from_hparams(folder).model_id == encoder.model_id
+    assert os.listdir(tmp_path) == ["exported"]
+
+
+def test_options_that_do_not_fit_the_trained_model_are_refused(tmp_path):
+    trained = small_encoder("xvector")
+    for overrides, sentence in ((SMALL.replace("16", "18"), "do not fit"), (SMALL, None)):
+        other = training_wiring(RECIPE / "hparams" / "xvector.yaml", overrides)
+        if sentence is None:  # of the same weights, but another network
+            other["embedding_model"].arguments["activation"] = Plan("!name:torch.nn.ReLU", {})
+            sentence = "embeddings differ"
+        with pytest.raises(ValueError, match=sentence):
+            export_encoder(tmp_path / "exported", other, trained.mods["embedding_model"])
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("device", ["meta", "no such device"])
+def test_a_device_that_does_not_compute_is_refused(device, exported):
+    with pytest.raises(ValueError, match="device can only be one"):
+        SpeakerEncoder.from_hparams(exported[0], run_opts={"device": device})
+
+
+def test_a_name_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no/such/folder was not found"):
+        SpeakerEncoder.from_hparams("no/such/folder")
+
+
+def test_the_shortest_voice_gives_an_embedding():
+    for kind in KINDS:
+        assert small_encoder(kind).encode_recording((speech(MIN_SECONDS), RATE)).isfinite().all()
