@@ -19,6 +19,7 @@ from dsd_modules.quality import QualityScorer
 from dsd_modules.report import draw_separation
 from dsd_modules.sampling import EvaluationBatches, TrainingBatches
 from dsd_modules.separator import separate
+from shared_modules.brain import RecordedBrain
 from shared_modules.distributed import all_gather, get_rank, world_size
 from shared_modules.errors import RunError
 
@@ -37,7 +38,7 @@ class Measures:
     is_silent: torch.Tensor  # [B], whether any source is
 
 
-class SeparationBrain(sb.Brain):
+class SeparationBrain(RecordedBrain):
     """Everything of separation training that is not the objective.
 
     ``compute_objectives(predictions, batch, stage)`` is left to the recipe, which calls :meth:`measure`,
@@ -80,10 +81,6 @@ class SeparationBrain(sb.Brain):
 
     def on_fit_start(self):
         """Recover the last checkpoint; drop the records of what comes after it."""
-        if self.checkpointer is not None and self.checkpointer.find_checkpoint() is None:
-            for recoverable in self.checkpointer.recoverables.values():
-                if hasattr(recoverable, "rewind"):
-                    recoverable.rewind()
         if self.hparams.memory_bank.restart_epoch is not None:
             # Of the modules as they were built: DDP and compile, which come below, share their weights.
             self.initial_weights = {n: copy.deepcopy(m.state_dict()) for n, m in self.hparams.modules.items()}
@@ -91,7 +88,6 @@ class SeparationBrain(sb.Brain):
             torch.manual_seed(self.hparams.seed + get_rank())  # the ranks' dropouts differ
         self.hparams.weight_average.to(self.device)
         super().on_fit_start()
-        self.tensorboard = self.hparams.tensorboard_logger(first_epoch=self.hparams.epoch_counter.current + 1)
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         # Gradients that wait for their optimizer step would be lost.
@@ -234,16 +230,6 @@ class SeparationBrain(sb.Brain):
         if should_step:
             self.train_sampler.advance()
             self.hparams.weight_average.update(self.hparams.modules)
-
-    def check_loss_isfinite(self, loss):
-        """SpeechBrain's check, with a sentence for the user."""
-        try:
-            super().check_loss_isfinite(loss)
-        except ValueError:
-            raise RunError(
-                f"The loss of {self.nonfinite_count} batches of this epoch was not finite: the training diverged. "
-                f"Lower --lr (now {self.hparams.lr})."
-            ) from None
 
     def on_stage_start(self, stage, epoch=None):
         """Open the epoch's records, unless a resume has brought them along."""

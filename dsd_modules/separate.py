@@ -20,6 +20,7 @@ import soundfile
 from tqdm import tqdm
 
 from shared_modules.errors import RunError, mistakes_as_run_errors
+from shared_modules.terminal import leave, positive, printable
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read and the files were found.
 
@@ -296,7 +297,7 @@ def main(argv=None):
     except RunError as error:
         if rank:  # if it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile
             time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
-        print(f"error{f' (rank {rank})' if rank else ''}: {_printable(error)}", file=sys.stderr)
+        print(f"error{f' (rank {rank})' if rank else ''}: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -318,7 +319,7 @@ def _separate_all(arguments, rank, world_size):
     found, notes = find_recordings(arguments.recordings, output)
     tasks = plan_outputs(found, output)
     for note in notes if rank == 0 else ():
-        print(f"note: {_printable(note)}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     if not tasks:
         raise RunError(f"There is no recording in {', '.join(arguments.recordings)}.")
     if any(task.source is None for task in tasks):
@@ -330,7 +331,7 @@ def _separate_all(arguments, rank, world_size):
         raise RunError("--jobs and torchrun both make processes: use one of them.")
     model = find_model(arguments.model)
     if rank == 0:
-        print(f"model: {_printable(model)}", flush=True)
+        print(f"model: {printable(model)}", flush=True)
 
     own = tasks[rank::world_size]
     report = _Report(own, has_bars=world_size == 1)
@@ -356,7 +357,7 @@ class _Report:
 
     def __init__(self, tasks, has_bars):
         self.counts = Counter()
-        self._tasks, self._names = tasks, [_printable(task.name) for task in tasks]
+        self._tasks, self._names = tasks, [printable(task.name) for task in tasks]
         self._width = min(40, max(map(len, self._names), default=0))
         self._options = {"leave": False, "disable": None if has_bars else True, "dynamic_ncols": True}
         self._bars = {}
@@ -385,7 +386,7 @@ class _Report:
         if index in self._bars:
             self._bars.pop(index).close()
         self.counts[outcome.kind] += 1
-        line = _printable(outcome.line)
+        line = printable(outcome.line)
         if outcome.kind == "separated":
             tqdm.write(f"{self._names[index]:<{self._width}}  {line}", file=sys.stdout)
             sys.stdout.flush()
@@ -467,7 +468,7 @@ def _separate_in_processes(num_processes, model, tasks, arguments, report):
 
 def _work(writer, num_taken, num_processes, model, tasks, arguments):
     """A process: separate what is left, and tell of it."""
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     with contextlib.suppress(BrokenPipeError):  # the main process was killed
         try:
             separator = _load(model, arguments, num_processes)
@@ -536,25 +537,9 @@ def _named(paths):
     return ", ".join(map(str, paths[:_NUM_NAMED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _printable(text):
-    """One line that any terminal takes, whatever bytes a file's name is made of."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def _leave(*_):
-    sys.exit(143)
-
-
-def _positive(text):
-    with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"can only be a whole number from 1, but got {text!r}")
-
-
 def _rate(text):
     with contextlib.suppress(argparse.ArgumentTypeError):
-        return "file" if text == "file" else _positive(text)
+        return "file" if text == "file" else positive(text)
     raise argparse.ArgumentTypeError(f"can only be file or a whole number of Hz, but got {text!r}")
 
 
@@ -577,7 +562,7 @@ def _parser():
         help="folder of a model or a training run, or name on the Hugging Face hub (default: this checkout's newest)",
     )
     parser.add_argument(
-        "--blocks", type=_positive, metavar="L", help="run only the first L blocks: faster, less well (default: all)"
+        "--blocks", type=positive, metavar="L", help="run only the first L blocks: faster, less well (default: all)"
     )
     parser.add_argument(
         "--exit_si_sdr_db",
@@ -585,7 +570,7 @@ def _parser():
         metavar="X",
         help="stop after the block that agrees with the one before by X dB SI-SDR (models of 3 blocks and more)",
     )
-    parser.add_argument("--channel", type=_positive, metavar="C", help="take channel C, from 1 (default: their mean)")
+    parser.add_argument("--channel", type=positive, metavar="C", help="take channel C, from 1 (default: their mean)")
     parser.add_argument(
         "--sample_rate",
         type=_rate,
@@ -600,11 +585,11 @@ def _parser():
         help="bf16: faster where the device has it (default: fp32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace voices that are there already")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="number of processes (default: 1)")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="number of processes (default: 1)")
     return parser
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)  # as an exception, so that nothing half done is left
+    signal.signal(signal.SIGTERM, leave)  # as an exception, so that nothing half done is left
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

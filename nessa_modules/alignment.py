@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -356,13 +355,16 @@ class Alignment:
         ValueError
             If rows do not correspond, an embedding is zero or not finite, or there are fewer than two speakers.
         """
-        pairs = pair_embeddings(X, Y, speakers)
-        self._check_fit(pairs)
-        tensors, details = self._fit(pairs)
+        # Training needs gradients, also where the caller wants none.
+        with torch.inference_mode(False), torch.enable_grad():
+            pairs = pair_embeddings(X, Y, speakers)
+            self._check_fit(pairs)
+            tensors, details = self._fit(pairs)
         self._tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
         self.details = {"num_utterances": len(pairs.enroll), "num_speakers": pairs.num_speakers, **details}
         self.enroll_size, self.runtime_size = pairs.enroll.shape[1], pairs.runtime.shape[1]
-        self.size = self._map("enroll", pairs.enroll[:1].float()).shape[-1]
+        with torch.no_grad():
+            self.size = self._map("enroll", pairs.enroll[:1].float()).shape[-1]
         self.calibration = []
         return self
 
@@ -836,7 +838,7 @@ def load_alignment(folder):
         tensors = torch.load(tensors_path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{folder} holds no whole alignment: {tensors_path.name}: {error.strerror}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # what is no such file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{tensors_path} cannot be read as tensors: {reason}") from None
     _check_tensors(alignment, tensors, tensors_path)

@@ -10,10 +10,11 @@ from speechbrain.utils.distributed import if_main_process
 
 from nessa_modules.sampling import SpeakerBatchSampler
 from nessa_modules.trials import eer
+from shared_modules.brain import RecordedBrain
 from shared_modules.errors import DataError, RunError
 
 
-class EmbeddingBrain(sb.Brain):
+class EmbeddingBrain(RecordedBrain):
     """Everything of embedding training that is not forward and objective.
 
     ``compute_forward(batch, stage)`` is left to the recipe, which returns embeddings ``[B, D]``, and so is
@@ -45,15 +46,6 @@ class EmbeddingBrain(sb.Brain):
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         return False  # checkpoints are of whole epochs
-
-    def on_fit_start(self):
-        """Recover the last checkpoint; drop the records of what comes after it."""
-        if self.checkpointer is not None and self.checkpointer.find_checkpoint() is None:
-            for recoverable in self.checkpointer.recoverables.values():
-                if hasattr(recoverable, "rewind"):
-                    recoverable.rewind()
-        super().on_fit_start()
-        self.tensorboard = self.hparams.tensorboard_logger(first_epoch=self.hparams.epoch_counter.current + 1)
 
     def signals(self, batch):
         """A batch's signals on the device.
@@ -101,16 +93,6 @@ class EmbeddingBrain(sb.Brain):
         if should_step:
             epochs = self.hparams.epoch_counter.current - 1 + (self.step - 1) / self.hparams.steps_per_epoch
             self.hparams.lr_scheduler.on_step(self.optimizer, epochs / self.hparams.epoch_counter.limit)
-
-    def check_loss_isfinite(self, loss):
-        """SpeechBrain's check, with a sentence for the user."""
-        try:
-            super().check_loss_isfinite(loss)
-        except ValueError:
-            raise RunError(
-                f"The loss of {self.nonfinite_count} batches of this epoch was not finite: the training diverged. "
-                f"Lower --lr (now {self.hparams.lr})."
-            ) from None
 
     def on_stage_start(self, stage, epoch=None):
         """Open the epoch's records."""

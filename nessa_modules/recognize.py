@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dsd_modules.separate import find_model, find_recordings
 from shared_modules.errors import RunError
+from shared_modules.terminal import leave, positive, printable
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read.
 
@@ -208,10 +209,10 @@ def _list(arguments):
     ]
     print(f"threshold: {', '.join(thresholds) or 'none yet: use calibrate'}")
     print(f"profiles:  {len(known['profiles'])}")
-    width = min(40, max((len(_printable(profile["name"])) for profile in known["profiles"]), default=0))
+    width = min(40, max((len(printable(profile["name"])) for profile in known["profiles"]), default=0))
     for profile in known["profiles"]:
         count = f"{profile['recordings']} recording{'s' if profile['recordings'] > 1 else ''}"
-        print(f"  {_printable(profile['name']):<{width}}  {count:<14}  model {', '.join(profile['models'])}")
+        print(f"  {printable(profile['name']):<{width}}  {count:<14}  model {', '.join(profile['models'])}")
     return 0
 
 
@@ -292,7 +293,7 @@ def _for_each(arguments, profiles, recognise):
             is_each_done = False
             fault = _fault(error)
             fault = fault if name in fault else f"{name}: {fault}"
-            tqdm.write(f"error: {_printable(fault)}", file=sys.stderr)
+            tqdm.write(f"error: {printable(fault)}", file=sys.stderr)
             if arguments.json:
                 _write(json.dumps({"recording": name, "error": fault}, ensure_ascii=False))
             continue
@@ -301,7 +302,7 @@ def _for_each(arguments, profiles, recognise):
                 _write(json.dumps({"recording": name, **part, **known}, ensure_ascii=False))
             else:
                 voice = f", voice {part['voice']}" if part else ""
-                _write(_printable(f"{name}{voice}: {line}"))
+                _write(printable(f"{name}{voice}: {line}"))
     return 2 if not is_each_done else 0 if is_each_accepted else 1
 
 
@@ -329,7 +330,7 @@ def _recordings(sources):
     """Each recording's name and what is read: a path, or the bytes of standard input."""
     found, notes = find_recordings(sources, Path(os.devnull))
     for note in notes:
-        print(f"note: {_printable(note)}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     if not found:
         raise RunError(f"There is no recording in {', '.join(sources)}.")
     if any(path is None for path, _ in found) and sys.stdin.isatty():
@@ -375,7 +376,7 @@ def _load_separator(arguments):
             "folder or a name on the Hugging Face hub such as speechbrain/sepformer-libri2mix."
         ) from None
     if arguments.separator is None:
-        print(f"separator: {_printable(model)}", file=sys.stderr)
+        print(f"separator: {printable(model)}", file=sys.stderr)
     return SepformerDSDSeparation.from_hparams(model, run_opts={"device": _device(arguments.device)})
 
 
@@ -402,7 +403,7 @@ class _SecondsBar:
 
 
 def _tell(arguments, known, line):
-    print(json.dumps(known, ensure_ascii=False) if arguments.json else "\n".join(map(_printable, line.split("\n"))))
+    print(json.dumps(known, ensure_ascii=False) if arguments.json else "\n".join(map(printable, line.split("\n"))))
 
 
 def _write(line):
@@ -412,7 +413,7 @@ def _write(line):
 
 
 def _say_fault(error):
-    print(f"error: {_printable(_fault(error))}", file=sys.stderr)
+    print(f"error: {printable(_fault(error))}", file=sys.stderr)
 
 
 def _fault(error):
@@ -422,22 +423,6 @@ def _fault(error):
     if isinstance(error, RuntimeError | MemoryError):  # out of memory, or a bug
         return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
     return str(error)
-
-
-def _printable(text):
-    """One line that any terminal takes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def _leave(*_):
-    sys.exit(143)
-
-
-def _whole(text):
-    with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"can only be a whole number from 1, but got {text!r}")
 
 
 def _share(text):
@@ -515,7 +500,7 @@ def _parser():
     identify.add_argument(
         "--separator", metavar="FOLDER", help="for --mixture: model that separates (default: this checkout's newest)"
     )
-    identify.add_argument("--candidates", type=_whole, default=5, metavar="N", help="how many are told (default: 5)")
+    identify.add_argument("--candidates", type=positive, default=5, metavar="N", help="how many are told (default: 5)")
     remove = add(
         "remove",
         _remove,
@@ -552,7 +537,7 @@ def _parser():
         "--enroll_model", metavar="FOLDER", help="with --alignment: the model that makes profiles (default: --model)"
     )
     calibrate.add_argument(
-        "--num_enroll", type=_whole, default=3, metavar="N", help="recordings of a profile (default: 3)"
+        "--num_enroll", type=positive, default=3, metavar="N", help="recordings of a profile (default: 3)"
     )
     calibrate.add_argument(
         "--segment_seconds", type=_seconds, metavar="S", help="cut longer recordings into pieces of at least S seconds"
@@ -568,6 +553,6 @@ def _parser():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)  # as an exception, so that nothing half done is left
+    signal.signal(signal.SIGTERM, leave)  # as an exception, so that nothing half done is left
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -321,7 +321,8 @@ def error_figure(results):
     with matplotlib.rc_context(STYLE):
         figure = _new_figure(12, 0.42 * (len(kinds) + 2) + 1.9)
         all_axes = figure.subplots(1, 2, sharey=True)
-        ends = [error for errors in main.values() for error in (errors.interval().high, *errors.eer_by_seed)]
+        shown = [errors for system, errors in main.items() if system.is_symmetric or system.alignment != "none"]
+        limit = 110 * max(end for errors in shown for end in (errors.interval().high, *errors.eer_by_seed))
         for axes, pair in zip(all_axes, PAIRS, strict=True):
             for error in (main[OLD].eer, main[NEW].eer):
                 axes.axvline(100 * error, color="#BBBBBB", lw=1, zorder=0)
@@ -331,6 +332,11 @@ def error_figure(results):
                     axes.text(0.02, height, "different dimensions", transform=axes.get_yaxis_transform(), color=GREY)
                     continue
                 interval = main[system].interval()
+                if 100 * interval.high > limit:  # no alignment: near 50 %, where all else would shrink to nothing
+                    words = f"{_per_cent(interval)} %"
+                    axes.text(0.97, height, words, transform=axes.get_yaxis_transform(), ha="right", va="center")
+                    axes.plot(limit, height, color=_LINES["none"]["color"], marker=">", ms=8, clip_on=False, zorder=3)
+                    continue
                 color = _BOTH[system]["color"] if system in _BOTH else _LINES[system.alignment]["color"]
                 axes.plot(
                     [100 * interval.low, 100 * interval.high], [height] * 2, color=color, lw=2.2, marker="|", ms=9
@@ -344,7 +350,7 @@ def error_figure(results):
                     axes.text(1.02, height, words, transform=axes.get_yaxis_transform(), va="center")
             axes.text(1.0, -0.75, "gain\nrecovered", transform=axes.get_yaxis_transform(), va="bottom", fontsize=10)
             axes.set(title=f"Profiles of {pair[0]}, utterances of {pair[1]}", xlabel="EER (%)")
-            axes.set_xlim(0, 105 * max(ends))
+            axes.set_xlim(0, limit)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_yticks(range(len(rows)), ["v1-v1", *(LABELS[kind] for kind in kinds), "v2-v2"])
             axes.grid(False, axis="y")
@@ -357,7 +363,7 @@ def error_figure(results):
     return figure
 
 
-_DET_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
+_DET_TICKS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 
 
 def det_figure(results):
@@ -425,7 +431,7 @@ def _finish_det(axes, title, least_accept, curves, num_targets):
 
 
 def dependence_figure(results):
-    """EER by the number of alignment speakers, and by the number of enrolled utterances.
+    """EER by the number of alignment speakers, and by the number of enrolled utterances; without "no alignment".
 
     Arguments
     ---------
@@ -453,9 +459,9 @@ def dependence_figure(results):
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.set(title=f"Profiles of {pair[0]}, utterances of {pair[1]}", xlabel=xlabel, ylabel="EER (%)")
-                axes.set_ylim(bottom=0)
+        all_axes[0, 0].set_ylim(bottom=0)  # of all, once all is drawn
         handles = [Line2D([], [], label=label_of(system), **line) for system, line in _BOTH.items()]
-        kinds = [kind for kind in _LINES if kind in results.plan.alignments]
+        kinds = [kind for kind in _LINES if kind in results.plan.alignments and kind != "none"]
         handles += [Line2D([], [], ms=5, label=LABELS[kind], **_LINES[kind]) for kind in kinds]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=3)
     return figure
@@ -467,6 +473,8 @@ def _plot_dependence(axes, results, tables, pair):
         axes.plot(list(tables), [100 * error for error in errors], **line)
     for kind, line in _LINES.items():
         system = System(*pair, kind)
+        if kind == "none":  # near 50 %: the others would shrink to a line
+            continue
         points = [(number, table[system].interval()) for number, table in tables.items() if system in table]
         if len(points) < 2:
             continue

@@ -194,7 +194,7 @@ def check_run_opts(options, run_opts):
         If the device does not exist, cannot do the precision, or DataParallel is wanted.
     """
     if run_opts.data_parallel_backend:
-        raise ValueError("--data_parallel_backend is not supported; use torchrun instead, where the recipe runs on several GPUs.")
+        raise ValueError("--data_parallel_backend is not supported; use torchrun for several GPUs.")
     device = run_opts.device or infer_device()
     try:
         is_cpu = torch.empty(0, device=device).device.type == "cpu"

@@ -518,7 +518,7 @@ def experiment_list(lines):
     ("options", "message"),
     [
         ({"alignment": "rotation"}, "--alignment can only be one of none, logit"),
-        ({"alignmnt": "none"}, "no option --alignmnt; did you mean --alignment?"),
+        ({"max_step": 3}, "no option --max_step; did you mean --max_steps?"),
         ({"enroll_model": None}, "--enroll_model is missing"),
         ({"num_enroll": 6}, "No speaker has more than 6 utterances"),
         ({"num_enroll": 0}, "--num_enroll can only be a whole number of at least 1, but got 0"),

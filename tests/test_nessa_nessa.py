@@ -311,6 +311,16 @@ def test_one_sided_leaves_the_enrollment_side_as_it_is():
     assert two_sided.num_parameters == (6 * 5 + 5 + 6 * 8 + 8 + 8 * 5) + (5 * 5 + 5 + 5 * 8 + 8 + 8 * 5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_fitted_also_where_the_caller_wants_no_gradients(mode):
+    data = random_pairs(num_speakers=10)
+    with mode():
+        alignment = Nessa(hidden_size=8, max_steps=20).fit(*(torch.as_tensor(each) * 1.0 for each in data[:2]), data[2])
+        scores = alignment.score(*data[:2])
+    assert not scores.requires_grad
+    torch.testing.assert_close(scores, Nessa(hidden_size=8, max_steps=20).fit(*data).score(*data[:2]))
+
+
 def test_too_few_speakers_to_choose_end_at_a_closed_form():
     alignment = Nessa(hidden_size=8).fit(*random_pairs(num_speakers=9))
     assert alignment.details["steps"] == 0
