@@ -517,8 +517,8 @@ class Nessa(Alignment):
         max_profile=5,
         speakers_per_batch=256,
         max_steps=400,
-        lr=5e-4,
-        dropout=0.2,
+        lr=2e-4,
+        dropout=0.5,
         seed=0,
         progressbar=False,
     ):
