@@ -472,6 +472,7 @@ class _Trap:
         return os.mkdir, ("trap",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_tensors_that_would_run_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     alignment = fitted("procrustes")

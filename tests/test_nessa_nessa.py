@@ -289,7 +289,7 @@ def test_profiles_are_drawn_from_other_utterances_of_the_speaker():
 
 
 def test_the_seed_decides_and_the_global_random_state_is_left_alone():
-    data = random_pairs(num_speakers=15)
+    data = random_pairs(num_speakers=10)
     options = {"hidden_size": 8, "max_steps": 20}
     state = torch.get_rng_state()
     one = Nessa(**options).fit(*data)
@@ -302,7 +302,7 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone():
 
 
 def test_one_sided_leaves_the_enrollment_side_as_it_is():
-    X, Y, speakers = random_pairs(num_speakers=15)
+    X, Y, speakers = random_pairs(num_speakers=9)
     alignment = NessaRuntime(hidden_size=8, max_steps=20).fit(X, Y, speakers)
     torch.testing.assert_close(alignment.enroll(X), functional.normalize(X, dim=-1))
     assert alignment.size == 6
