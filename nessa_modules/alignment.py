@@ -29,6 +29,8 @@ _TENSORS_FILE = "alignment-{}.pt"  # {}: the alignment's id, so that description
 # From here on a vector's norm, computed through the Gram matrix, may be wrong by 1e-16 * 1e10 = 1e-6 of itself.
 _MAX_GRAM_CONDITION = 1e10
 
+_SHORT, _LONG = 1e-12, 1e18  # lengths whose squares float32 holds to full precision lie between
+
 _NUM_FOLDS = 5
 _RIDGES = tuple(10.0**power for power in np.arange(-5, 1.01, 0.5))  # times the mean variance of a dimension
 
@@ -270,7 +272,10 @@ def pair_embeddings(X, Y, speakers):
 
 def _length_normalised(embeddings, what):
     """Embeddings [.., D] at length 1, or a ValueError that says what is wrong with them."""
-    # Without the first division, the squares of float32 embeddings could overflow or vanish.
+    lengths = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    if bool((lengths > _SHORT).logical_and(lengths < _LONG).all()):
+        return embeddings / lengths
+    # The squares of float32 embeddings may have overflowed or vanished.
     embeddings = embeddings / embeddings.abs().amax(dim=-1, keepdim=True)
     lengths = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
     if not torch.isfinite(lengths).all():  # 0 / 0 is NaN

@@ -101,6 +101,7 @@ class Plan:
     synthetic_utterances: dict | None = None
     synthetic_conditions: float = 1.0
     alignment_share: float = 0.4
+    align_training_speakers: bool = False
     segment_seconds: float | None = None
     alignments: dict = field(default_factory=lambda: {kind: {} for kind in ALIGNMENTS})
     num_enroll: int = 3
@@ -128,6 +129,7 @@ EXPECTED = {
     "synthetic_utterances": optional(_SPEAKERS_OF_SPLITS),
     "synthetic_conditions": number(lambda v: v >= 0, "of at least 0"),
     "alignment_share": _SHARE,
+    "align_training_speakers": BOOL,
     "segment_seconds": optional(number(lambda v: v > 0, "above 0")),
     "alignments": (
         lambda v: isinstance(v, dict) and "nessa" in v and all(isinstance(each, dict) for each in v.values()),
@@ -220,7 +222,10 @@ def check_plan(plan):
 
 
 def make_corpora(plan, folder, sources=None, sexes=None, progressbar=True):
-    """List the utterances of each split in ``folder/<split>.csv``; no two splits share a speaker.
+    """List the utterances of each split in ``folder/<split>.csv``.
+
+    No two splits share a speaker, unless the plan says ``align_training_speakers``: then the training speakers' are
+    among the alignment's.
 
     Arguments
     ---------
@@ -252,6 +257,8 @@ def make_corpora(plan, folder, sources=None, sexes=None, progressbar=True):
     for split, other in (("train", "alignment"), ("train", "test"), ("alignment", "test"), ("dev", "test")):
         if shared := sorted(speakers[split] & speakers[other]):
             raise ValueError(f"The splits {split} and {other} share {len(shared)} speakers, such as {shared[0]!r}.")
+    if plan.align_training_speakers:
+        corpora["alignment"] = sorted([*corpora["alignment"], *corpora["train"]], key=lambda each: each.id)
     if sexes:
         corpora = {
             split: [dataclasses.replace(each, sex=sexes.get(each.speaker, each.sex)) for each in utterances]
