@@ -41,7 +41,7 @@ from tqdm import tqdm
 from dsd_modules.data.generate import generate_synthetic, mix_recordings
 from dsd_modules.evaluation import read_results
 from dsd_modules.options import read_options
-from shared_modules.files import lock_folder, write_whole
+from shared_modules.files import lock_folder, write_table, write_whole
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/LibriMix/separation"
 KEY = ("regime", "arm", "seed")
@@ -81,14 +81,6 @@ def _read_csv(path, columns=()):
         return list(table)
 
 
-def _write_csv(path, rows):
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with write_whole(path, "w") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 class Records:
     """The three csv files: what is known of each run, whether or not its folder is still there."""
 
@@ -104,7 +96,7 @@ class Records:
     def put(self, name, run, rows):
         """Set a run's rows and write the file."""
         self.tables[name][run] = [{**run._asdict(), **row} for row in rows]
-        _write_csv(self.folder / f"{name}.csv", [row for rows in self.tables[name].values() for row in rows])
+        write_table(self.folder / f"{name}.csv", [row for rows in self.tables[name].values() for row in rows])
 
     def is_trained(self, run, epochs):
         """Whether all epochs are there."""

@@ -10,7 +10,7 @@ from dsd_modules.evaluation import read_results
 from dsd_modules.options import read_options
 from dsd_modules.report import draw_separations
 from dsd_modules.results import separate_example
-from shared_modules.files import write_whole
+from shared_modules.figures import save_figure
 
 
 def write_examples(output):
@@ -39,5 +39,4 @@ def write_examples(output):
         for arm, run in runs.items():
             folder = output / "examples" / arm if regime == "synthetic" else run / "examples"
             examples[ARMS[arm].label] = separate_example(run / "exported", item, folder)
-        with write_whole(figure_path, "wb") as stream:
-            draw_separations(examples).savefig(stream, format="png")
+        save_figure(draw_separations(examples), figure_path)

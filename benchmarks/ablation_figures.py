@@ -3,20 +3,16 @@
 import math
 
 from ablation_plan import ARMS, DSD_LO, MAIN_ARMS, PLAIN_PIT, REGIMES, Run
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dsd_modules.report import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
     block_colors,
     count_blocks,
     epoch_series,
     finish_epoch_axes,
     plot_by_epoch,
 )
+from shared_modules.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY_BLUE, new_figure
 
 # The main arms are solid, the others dashed, in more of Okabe and Ito's colours.
 _LINES = {
@@ -24,22 +20,15 @@ _LINES = {
     "dsd_drop": {"color": BLUE},
     "lo": {"color": GREEN},
     DSD_LO: {"color": ORANGE},
-    "cascaded_pit": {"color": "#CC79A7", "ls": (0, (4, 1.5))},
-    "prob_pit": {"color": "#56B4E9", "ls": (0, (4, 1.5))},
-    "dsd_reorder": {"color": "#E69F00", "ls": (0, (2, 1))},
+    "cascaded_pit": {"color": PURPLE, "ls": (0, (4, 1.5))},
+    "prob_pit": {"color": SKY_BLUE, "ls": (0, (4, 1.5))},
+    "dsd_reorder": {"color": AMBER, "ls": (0, (2, 1))},
     "dsd_reorder_lo": {"color": "black", "ls": (0, (2, 1))},
 }
 
 
 def _line(arm):
     return _LINES.get(arm, {"color": "#F0E442", "ls": ":"})
-
-
-def _new_figure(height_inches):
-    """1800 pixels wide, with letters that can still be read at 900."""
-    figure = Figure(figsize=(12, height_inches), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-    return figure
 
 
 def _plot_shares(axes, ablation, arms, column, title, ylabel, first_epoch=1):
@@ -63,7 +52,7 @@ def learning_curves(ablation):
         seeds = sorted(set.intersection(*(set(ablation.seeds("main", arm)) for arm in others)))
         shown = [arm for arm in (PLAIN_PIT, DSD_LO) if arm in arms] + others
         panels.append((f"Controls and reordering, seed {', '.join(map(str, seeds))}", shown, seeds))
-    figure = _new_figure(5)
+    figure = new_figure(5)
     for axes, (title, arms, of_seeds) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
@@ -82,7 +71,7 @@ def learning_curves(ablation):
 
 def label_switches(ablation):
     """Label switches in training and on the probe set, and excluded samples, from epoch 2 on: epoch 1 has none."""
-    figure = _new_figure(8)
+    figure = new_figure(8)
     *panels, legend = figure.subplots(2, 2).flat
     arms = ablation.arms("main")
     excluding = [arm for arm in arms if any(row.get("excluded_rate", 0) > 0 for row in ablation.history("main", arm))]
@@ -99,7 +88,7 @@ def label_switches(ablation):
 
 def blocks(ablation):
     """SI-SDRi of each block of each arm, and layer-decoupling by epoch."""
-    figure = _new_figure(5.4)
+    figure = new_figure(5.4)
     scores, decoupling = figure.subplots(1, 2)
     arms, scored_set = ablation.arms("main"), ablation.scored_set("main")
     num_blocks = count_blocks([row for arm in arms for row in ablation.history("main", arm)], "valid_si_sdri_block")
@@ -134,7 +123,7 @@ def differences(ablation):
     if not panels:
         return None
     heights = [len(rows) for rows in panels.values()]
-    figure = _new_figure(0.45 * sum(heights) + 0.7 * len(panels) + 0.9)
+    figure = new_figure(0.45 * sum(heights) + 0.7 * len(panels) + 0.9)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     limits = _limits([difference for rows in panels.values() for _, _, difference in rows])
     for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):

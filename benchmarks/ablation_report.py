@@ -18,7 +18,8 @@ import matplotlib
 from ablation_figures import blocks, differences, label_switches, learning_curves
 from ablation_plan import ARMS, DSD_LO, PLAIN_PIT, REGIMES, Run
 
-from dsd_modules.report import STYLE, epoch_series
+from dsd_modules.report import epoch_series
+from shared_modules.figures import STYLE, save_figure
 from shared_modules.files import write_whole
 from shared_modules.statistics import Interval, speaker_bootstrap, t_interval
 
@@ -340,8 +341,7 @@ def write_report(folder):
     with matplotlib.rc_context(STYLE):
         for draw in (*draw_all, differences):
             if figure := draw(ablation):
-                with write_whole(folder / f"{draw.__name__}.png", "wb") as stream:
-                    figure.savefig(stream, format="png")
+                save_figure(figure, folder / f"{draw.__name__}.png")
 
 
 def main(arguments):

@@ -11,7 +11,6 @@ blocks, such as one that was trained without layer-wise optimization.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from tqdm import tqdm
@@ -30,9 +28,10 @@ from dsd_modules.data.wavs import WavReader
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.evaluation import score_batch
 from dsd_modules.inference import SepformerDSDSeparation
-from dsd_modules.report import BLUE, GREY, ORANGE, STYLE, block_colors
+from dsd_modules.report import block_colors
 from dsd_modules.separator import separate, separate_until
-from shared_modules.files import write_whole
+from shared_modules.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure
+from shared_modules.files import write_table
 from shared_modules.statistics import t_interval
 
 THRESHOLDS_DB = (12, 16, 20, 25)
@@ -155,8 +154,7 @@ def draw(rows, clock, where):
     """The figure: SI-SDRi against time, and how many blocks each threshold takes."""
     first = rows[0]["model"]
     exits = [row for row in rows if row["num_blocks"] is None]
-    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    figure = new_figure(5)
     trade, stops = figure.subplots(1, 2, width_ratios=[2.2, 1])
     for model, color in zip(dict.fromkeys(row["model"] for row in rows), (BLUE, GREY, "black"), strict=False):
         fixed = [row for row in rows if row["model"] == model and row["num_blocks"]]
@@ -244,14 +242,11 @@ def main(argv=None):
     with torch.no_grad():
         rows = summarize(measure(models, items, args.thresholds, args.repeats), seconds)
     print(format_rows(rows, clock))
-    with write_whole(args.csv) as stream:
-        table = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-        table.writeheader()
-        for row in rows:
-            table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    cells = [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    write_table(args.csv, cells)
     where = f"CPU time, {where}" if is_cpu else where
-    with matplotlib.rc_context(STYLE), write_whole(args.figure, "wb") as stream:
-        draw(rows, clock, where).savefig(stream, format=args.figure.suffix.lstrip(".") or "png")
+    with matplotlib.rc_context(STYLE):
+        save_figure(draw(rows, clock, where), args.figure)
     print(f"{args.csv}, {args.figure}")
 
 

@@ -21,7 +21,7 @@ from nessa_modules.alignment import make_alignment
 from nessa_modules.corpora import read_corpus, write_corpus
 from nessa_modules.embeddings import embed
 from nessa_modules.encoder import SpeakerEncoder
-from nessa_modules.experiment import read_plan
+from nessa_modules.plan import read_plan
 from nessa_modules.trials import SameSpace, make_trials, speaker_errors
 from nessa_modules.voices import make_voices
 

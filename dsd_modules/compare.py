@@ -17,15 +17,12 @@ from matplotlib.figure import Figure
 
 from dsd_modules.evaluation import read_results
 from dsd_modules.report import (
-    BLUE,
-    ORANGE,
-    STYLE,
     count_blocks,
     finish_epoch_axes,
     plot_by_epoch,
     read_history,
 )
-from shared_modules.files import write_whole
+from shared_modules.figures import BLUE, ORANGE, STYLE, save_figure
 from shared_modules.statistics import t_interval
 
 _CAVEAT = (
@@ -329,8 +326,7 @@ def main(argv=None):
         figure = comparison_figure(
             {f"A: {arguments.run_a.resolve().name}": run_a[1], f"B: {arguments.run_b.resolve().name}": run_b[1]}
         )
-        with write_whole(arguments.out, "wb") as stream:
-            figure.savefig(stream, format=arguments.out.suffix.lstrip(".") or "png")
+        save_figure(figure, arguments.out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from dsd_modules.model_folder import MAX_SAMPLE_RATE, read_model
 from dsd_modules.separator import check_early_exit, separate, separate_until
 from dsd_modules.voice_files import VoiceFiles
 from dsd_modules.windows import FollowedVoices, Windows
+from shared_modules.devices import find_device
 from shared_modules.recordings import Recording, Resampler, resampled_length
 
 _HEARD_RMS = 0.05  # about that of LibriMix's mixtures
@@ -104,12 +105,7 @@ class SepformerDSDSeparation:
     def __init__(self, modules, sample_rate, device="cpu", precision="fp32"):
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision can only be 'fp32' or 'bf16', but got {precision!r}.")
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (AssertionError, RuntimeError) as error:  # torch raises either
-            raise ValueError(f"device can only be one of this machine, but got {device!r}: {error}") from None
-        if self.device.type == "meta":
-            raise ValueError("device can only be one that computes, but got 'meta'.")
+        self.device = find_device(device)
         if precision == "bf16":
             modules = copy.deepcopy(modules)  # the caller's stay in float32
         self.mods = torch.nn.ModuleDict(modules).to(self.device).eval().requires_grad_(False)

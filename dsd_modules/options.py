@@ -11,6 +11,7 @@ from shared_modules.options import (
     BOOL,
     OPTIONAL_PATH,
     PATH,
+    check_kept,
     check_values,
     is_hub_name,
     list_of,
@@ -268,9 +269,4 @@ def check_resume(options, model_options, test_only=False):
         *(() if test_only else _RUN_OPTIONS),
         *(() if meta["end-of-epoch"] else _EPOCH_OPTIONS),
     )
-    for name in names:
-        if name in earlier and earlier[name] != options[name]:
-            raise ValueError(
-                f"--{name} is {options[name]}, but the run in {options['output_folder']} had {earlier[name]}; "
-                "give its value to go on, or another --output_folder."
-            )
+    check_kept(options, earlier, names)

@@ -1,7 +1,6 @@
 """The picture of a training run: its curves by epoch, and one separated test mixture."""
 
 import math
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -10,26 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
 
-from shared_modules.files import read_table, write_whole
+from shared_modules.figures import BLUE, GREY, ORANGE, STYLE, save_figure
+from shared_modules.files import read_table
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelsize": 11,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "figure.titlesize": 16,
-    "font.size": 11,
-    "grid.color": "#DDDDDD",
-    "legend.fontsize": 10,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
 _DPI = 100
 _WIDTH_INCHES = 16
 _SPECTROGRAMS_INCHES = 3.4
@@ -57,6 +39,7 @@ def read_history(path):
     Example
     -------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp()) / "history.csv"
     >>> _ = path.write_text("epoch,train_si_sdri,valid_si_sdri\\n1,2.5,\\n")
     >>> read_history(path)
@@ -218,14 +201,13 @@ def draw_report(history, path, results=None, example=None, title=None):
     Example
     -------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp()) / "report.png"
     >>> draw_report([{"epoch": 1, "train_si_sdri": 2.5, "valid_si_sdri": 2.0}], path)
     >>> path.stat().st_size > 1000
     True
     """
-    figure = report_figure(history, results, example, title)
-    with write_whole(path, "wb") as stream:
-        figure.savefig(stream, format=Path(path).suffix.lstrip(".") or "png")
+    save_figure(report_figure(history, results, example, title), path)
 
 
 def report_figure(history, results=None, example=None, title=None):

@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
 import signal
 import sys
 import time
@@ -16,23 +15,17 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import soundfile
 from tqdm import tqdm
 
 from shared_modules.errors import RunError, mistakes_as_run_errors
-from shared_modules.terminal import leave, positive, printable
+from shared_modules.recording_files import VOICE, find_recordings
+from shared_modules.terminal import SecondsBar, leave, positive, printable
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read and the files were found.
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-# In a folder, a recording is what has one of these endings: soundfile's formats and their other usual names.
-_ENDINGS = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw", ".sd2", ".mat4", ".mat5"}
-_ENDINGS |= {".wave", ".aif", ".aifc", ".snd", ".oga", ".opus", ".sph", ".mp2"}
-_OTHER_AUDIO = {".m4a", ".aac", ".wma", ".amr", ".ac3", ".mp4", ".mkv", ".mov", ".webm"}  # soundfile reads none
-_VOICE = re.compile(r"(.+)_spk\d+\.wav")
 _MOST_VOICES = 9  # looked for, of an earlier run
-_NUM_NAMED = 3
 _SECONDS_BETWEEN_MESSAGES = 0.1
 _SECONDS_FOR_THE_MAIN_RANK = 5
 
@@ -75,61 +68,13 @@ class Outcome:
     line: str
 
 
-def find_recordings(sources, output):
-    """The recordings that are meant by files and folders.
-
-    Arguments
-    ---------
-    sources : list of str
-        Files, taken as they are; folders, searched with all that is in them, but for hidden files, for what has
-        the ending of a format that soundfile reads; ``-`` for standard input.
-    output : Path
-        The folder of the voices: those that lie there from earlier are no recordings.
-
-    Returns
-    -------
-    found : list of (Path or None, Path)
-        Each recording (None: standard input) and its folder, relative to the one given; folders in sorted order.
-    notes : list of str
-        A sentence each on what was left out.
-
-    Example
-    -------
-    >>> find_recordings(["meeting.wav"], Path("out"))
-    ([(PosixPath('meeting.wav'), PosixPath('.'))], [])
-    """
-    found, voices, others = [], [], []
-    output = output.resolve()
-    for source in sources:
-        path = Path(source)
-        if source == "-":
-            found.append((None, Path()))
-        elif not source:
-            raise RunError("The name of a recording can only be a path, but got an empty one.")
-        elif not os.path.isdir(path):  # a Path raises where it may not look
-            found.append((path, Path()))
-        else:
-            for file in _walk(path):
-                if file.suffix.lower() in _OTHER_AUDIO:
-                    others.append(file)
-                elif file.suffix.lower() in _ENDINGS:
-                    is_voice = _VOICE.fullmatch(file.name) and file.parent.resolve().is_relative_to(output)
-                    voices.append(file) if is_voice else found.append((file, file.parent.relative_to(path)))
-    notes = []
-    if voices:
-        notes.append(f"left out {_named(voices)}: voices of earlier runs")
-    if others:
-        notes.append(f"left out {_named(others)}: no format that soundfile reads; ffmpeg makes wav files of them")
-    return found, notes
-
-
 def plan_outputs(found, output):
     """Where the voices of each recording go, no two to the same place.
 
     Arguments
     ---------
     found : list of (Path or None, Path)
-        From :func:`find_recordings`.
+        From :func:`shared_modules.recording_files.find_recordings`.
     output : Path
         The folder of the voices.
 
@@ -168,7 +113,7 @@ def plan_outputs(found, output):
             )
     for task in tasks:
         folder, name = os.path.split(os.path.realpath(task.source or ""))
-        voice = _VOICE.fullmatch(name)
+        voice = VOICE.fullmatch(name)
         if voice and (folder, voice[1]) in owners:
             raise RunError(
                 f"{task.name} would be replaced by a voice of {owners[folder, voice[1]].name}: leave it out, or give "
@@ -376,11 +321,8 @@ class _Report:
 
     def progress(self, index, done_seconds, total_seconds):
         if index not in self._bars:
-            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
-            self._bars[index] = tqdm(desc=self._names[index][:40], total=0, bar_format=form, **self._options)
-        bar = self._bars[index]
-        bar.total = max(total_seconds, done_seconds)  # a header may promise too little
-        bar.update(done_seconds - bar.n)
+            self._bars[index] = SecondsBar(self._names[index][:40], **self._options)
+        self._bars[index].progress(done_seconds, total_seconds)
 
     def outcome(self, index, outcome):
         if index in self._bars:
@@ -510,31 +452,10 @@ def _join_ranks(counts, rank, world_size):
     return sum(gathered, Counter()) if rank == 0 else None
 
 
-def _walk(folder):
-    """The files of a folder and of all in it, links followed but none twice, sorted; nothing hidden."""
-    seen = set()
-    for place, subfolders, names in os.walk(folder, onerror=_cannot_look, followlinks=True):
-        real = os.path.realpath(place)
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
-        if real not in seen:
-            yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
-        seen.add(real)
-
-
-def _cannot_look(error):
-    raise RunError(f"{error.filename} cannot be searched: {error.strerror}.")
-
-
 def _death(exit_code):
     if exit_code < 0:
         return f"its process was ended by {signal.Signals(-exit_code).name}; out of memory? Fewer --jobs need less"
     return f"its process ended with exit code {exit_code}"
-
-
-def _named(paths):
-    """A few of many paths, and how many more there are."""
-    rest = len(paths) - _NUM_NAMED
-    return ", ".join(map(str, paths[:_NUM_NAMED])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _rate(text):

@@ -28,9 +28,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.signal.windows import hann
 
 from dsd_modules.inference import SepformerDSDSeparation
-from dsd_modules.report import BLUE
 from dsd_modules.separate import CHECKOUT, find_model
 from shared_modules.errors import RunError, ends_in_one_sentence, mistakes_as_run_errors
+from shared_modules.figures import BLUE
 from shared_modules.recordings import Recording
 
 EXAMPLES = {

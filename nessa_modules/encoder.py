@@ -24,6 +24,7 @@ from speechbrain.processing.features import InputNormalization
 from tqdm import tqdm
 
 from nessa_modules.corpora import read_utterance
+from shared_modules.devices import find_device
 from shared_modules.files import write_whole
 from shared_modules.model_files import (
     HPARAMS_FILE,
@@ -178,12 +179,7 @@ class SpeakerEncoder:
     """
 
     def __init__(self, wiring, state=None, classifier_weight=None, speakers=None, device="cpu", where="the model"):
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (AssertionError, RuntimeError) as error:  # torch raises either
-            raise ValueError(f"device can only be one of this machine, but got {device!r}: {error}") from None
-        if self.device.type == "meta":
-            raise ValueError("device can only be one that computes, but got 'meta'.")
+        self.device = find_device(device)
         self.wiring = wiring
         self.sample_rate = _sample_rate(wiring, where)
         modules = _build_modules(wiring, where, "cpu" if state is None else "meta")
@@ -535,7 +531,7 @@ def export_encoder(folder, wiring, embedding_model, classifier_weight=None, spea
         with write_whole(beside / LABEL_FILES[0]) as stream:
             names = speakers or [str(index) for index in range(len(classifier_weight))]
             stream.write("".join(f"{name!r} => {index}\n" for index, name in enumerate(names)))
-            stream.write(f"================\n'starting_index' => {0}\n")
+            stream.write("================\n'starting_index' => 0\n")
 
     return write_folder(folder, write, is_model_file)
 

@@ -11,211 +11,37 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
-import sys
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
-from nessa_modules.alignment import ALIGNMENTS, load_alignment, make_alignment
+from nessa_modules.alignment import load_alignment, make_alignment
 from nessa_modules.corpora import read_corpus, split_speakers, write_corpus
 from nessa_modules.embeddings import embed
+from nessa_modules.plan import (
+    NESSA_KINDS,
+    NEW,
+    OLD,
+    PAIRS,
+    SEXES,
+    SPLITS,
+    Plan,
+    System,
+    check_plan,
+    systems_of,
+)
+from nessa_modules.trainings import Training, train_models
 from nessa_modules.trials import make_trials, recovered_gain, same_sex, speaker_errors
 from shared_modules.files import write_whole
-from shared_modules.options import BOOL, check_values, number, one_of, optional, whole
 
-NESSA_KINDS = ("nessa", "nessa_runtime")
-SPLITS = ("train", "alignment", "dev", "test")
-SEXES = {"f": "women", "m": "men"}
 _SCORES_FORMAT = 1
-
-
-class System(NamedTuple):
-    """Who enrolls, who recognises, and what lies between them."""
-
-    enroll: str
-    runtime: str
-    alignment: str
-
-    @property
-    def is_symmetric(self):
-        """Whether both sides are of one model."""
-        return self.enroll == self.runtime
-
-    @property
-    def pair(self):
-        """``v1-v1`` for a symmetric pair, ``v1->v2`` for profiles of v1 and utterances of v2."""
-        return f"{self.enroll}{'-' if self.is_symmetric else '->'}{self.runtime}"
-
-
-PAIRS = (("v1", "v2"), ("v2", "v1"))
-OLD, NEW = System("v1", "v1", "none"), System("v2", "v2", "none")
-CONTROLS = (System("v1", "v1", "nessa"), System("v2", "v2", "nessa"))
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """How one of the two models is trained.
-
-    Attributes
-    ----------
-    hparams : str
-        A YAML of the recipe's ``hparams``, such as ``ecapa.yaml``.
-    options : dict
-        What is changed in it.
-    share_of_speakers : float
-        The share of the training speakers that it gets, above 0 up to 1.
-    """
-
-    hparams: str
-    options: dict = field(default_factory=dict)
-    share_of_speakers: float = 1.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the experiment trains and tries. Each field is explained in ``hparams/experiment_demo.yaml``.
-
-    Example
-    -------
-    >>> Plan("tiny", v1=ModelPlan("xvector.yaml"), v2=ModelPlan("ecapa.yaml")).num_enroll
-    3
-    """
-
-    name: str
-    v1: ModelPlan
-    v2: ModelPlan
-    loss: str = "prototypical"
-    sample_rate: int = 8000
-    synthetic_sizes: dict | None = None
-    synthetic_utterances: dict | None = None
-    synthetic_conditions: float = 1.0
-    alignment_share: float = 0.4
-    align_training_speakers: bool = False
-    segment_seconds: float | None = None
-    alignments: dict = field(default_factory=lambda: {kind: {} for kind in ALIGNMENTS})
-    num_enroll: int = 3
-    sets_per_speaker: int = 6
-    exclude_same_session: bool = False
-    enroll_curve: tuple = (1, 2, 3)
-    speakers_curve: tuple = ()
-    p_target: float = 0.01
-    num_draws: int = 1000
-
-
-_SPEAKERS_OF_SPLITS = (
-    lambda v: isinstance(v, dict) and set(v) == set(SPLITS) and all(type(n) is int and n >= 2 for n in v.values()),
-    f"a whole number of at least 2 for each of {', '.join(SPLITS)}",
-)
-_SHARE = number(lambda v: 0 < v < 1, "above 0 and below 1")
-_NUMBERS = (
-    lambda v: isinstance(v, (list, tuple)) and all(type(n) is int and n >= 1 for n in v),
-    "a list of whole numbers of at least 1",
-)
-EXPECTED = {
-    "loss": one_of("prototypical", "ge2e", "am_softmax"),
-    "sample_rate": one_of(8000, 16000),
-    "synthetic_sizes": optional(_SPEAKERS_OF_SPLITS),
-    "synthetic_utterances": optional(_SPEAKERS_OF_SPLITS),
-    "synthetic_conditions": number(lambda v: v >= 0, "of at least 0"),
-    "alignment_share": _SHARE,
-    "align_training_speakers": BOOL,
-    "segment_seconds": optional(number(lambda v: v > 0, "above 0")),
-    "alignments": (
-        lambda v: isinstance(v, dict) and "nessa" in v and all(isinstance(each, dict) for each in v.values()),
-        "the options of each kind of alignment, nessa among them",
-    ),
-    "num_enroll": whole(1),
-    "sets_per_speaker": whole(1),
-    "exclude_same_session": BOOL,
-    "enroll_curve": _NUMBERS,
-    "speakers_curve": _NUMBERS,
-    "p_target": _SHARE,
-    "num_draws": whole(2),
-}
-
-
-def read_plan(path):
-    """Read a plan.
-
-    Arguments
-    ---------
-    path : str or Path
-        The YAML. It is data: nothing in it is run.
-
-    Returns
-    -------
-    Plan
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or a key or a value is none of a plan's.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "tiny.yaml"
-    >>> _ = path.write_text("v1: {hparams: xvector.yaml}\\nv2: {hparams: ecapa.yaml}\\nnum_enroll: 2\\n")
-    >>> plan = read_plan(path)
-    >>> plan.name, plan.v2.hparams, plan.num_enroll
-    ('tiny', 'ecapa.yaml', 2)
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The plan {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"The plan {path} is no YAML: {str(error).splitlines()[0]}.") from None
-    names = {each.name for each in dataclasses.fields(Plan)} - {"name"}
-    if not isinstance(content, dict) or not {"v1", "v2"} <= set(content) or not set(content) <= names:
-        raise ValueError(
-            f"The plan {path} must have v1 and v2, and nothing beside {', '.join(sorted(names))}, but got "
-            f"{', '.join(map(str, content)) if isinstance(content, dict) else content!r}."
-        )
-    for version in ("v1", "v2"):
-        model = content[version]
-        known = {each.name for each in dataclasses.fields(ModelPlan)}
-        if not isinstance(model, dict) or "hparams" not in model or not set(model) <= known:
-            raise ValueError(f"{path}: {version} must have hparams, and may have options and share_of_speakers.")
-        content[version] = ModelPlan(**{**model, "options": model.get("options") or {}})
-        if not 0 < content[version].share_of_speakers <= 1:
-            raise ValueError(f"{path}: share_of_speakers of {version} must be above 0, up to 1.")
-    if isinstance(content.get("alignments"), dict):
-        content["alignments"] = {kind: options or {} for kind, options in content["alignments"].items()}
-    plan = Plan(name=Path(path).stem, **content)
-    check_plan(plan)
-    return plan
-
-
-def check_plan(plan):
-    """Refuse a plan that makes no sense.
-
-    Arguments
-    ---------
-    plan : Plan
-
-    Raises
-    ------
-    ValueError
-        One sentence that names the value.
-    """
-    check_values(dataclasses.asdict(plan), EXPECTED)
-    for kind, options in plan.alignments.items():
-        try:
-            make_alignment(kind, **options)
-        except TypeError:
-            raise ValueError(f"The alignment {kind} does not have all of the options {', '.join(options)}.") from None
 
 
 # Data
@@ -342,162 +168,6 @@ def read_sexes(path):
     return sexes
 
 
-# Training
-
-
-class Training:
-    """One model: its folder, and the process that trains it.
-
-    Arguments
-    ---------
-    plan : Plan
-    version : str
-        ``v1`` or ``v2``.
-    seed : int
-    folder : Path
-        Of the experiment.
-    device : str
-    """
-
-    def __init__(self, plan, version, seed, folder, device="cpu"):
-        self.version, self.seed = version, seed
-        self.model = getattr(plan, version)
-        self.folder = Path(folder).resolve() / "models" / f"{version}_{seed}"
-        self.exported = self.folder / "exported"
-        data = Path(folder).resolve() / "data"
-        # The two are trained independently: with one seed, models of one form would start from the same weights.
-        own_seed = seed if version == "v1" else 1000 + seed
-        self.options = {
-            "seed": own_seed,
-            "loss": plan.loss,
-            "sample_rate": plan.sample_rate,
-            **self.model.options,
-            "train_csv": data / f"train_{version}.csv",
-            "dev_csv": data / "dev.csv",
-            "output_folder": self.folder,
-        }
-        self.device, self.process = device, None
-
-    @property
-    def name(self):
-        """Version and seed, such as ``v1/3``."""
-        return f"{self.version}/{self.seed}"
-
-    @property
-    def settings(self):
-        """What the model was trained with; paths left out, so that folders can be moved."""
-        options = {name: value for name, value in self.options.items() if not isinstance(value, Path)}
-        data = {name: _corpus_hash(self.options[name]) for name in ("train_csv", "dev_csv")}
-        return {"hparams": self.model.hparams, "options": options, "data": data}
-
-    def is_done(self):
-        """Whether the model is there.
-
-        Raises
-        ------
-        ValueError
-            If one of other settings is there.
-        """
-        record = self.folder / "settings.json"
-        if record.exists():
-            earlier = json.loads(record.read_text(encoding="utf-8"))
-            if earlier != json.loads(json.dumps(self.settings)):
-                raise ValueError(
-                    f"{self.folder} is a model of other settings or data than the plan's; give another output folder, "
-                    "or remove that one."
-                )
-        return record.exists() and (self.folder / "trained").exists()
-
-    def start(self, recipe):
-        """Start or resume the process, with a log of its own."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with write_whole(self.folder / "settings.json") as stream:
-            stream.write(json.dumps(self.settings, indent=1) + "\n")
-        command = [sys.executable, "train_embeddings.py", f"hparams/{self.model.hparams}", "--device", self.device]
-        for name, value in self.options.items():
-            command += [f"--{name}", str(value)]
-        with open(self.folder / "stdout.txt", "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=recipe,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def finish(self):
-        """Note that the process went well.
-
-        Raises
-        ------
-        ValueError
-            If it did not.
-        """
-        if self.process.returncode:
-            lines = (self.folder / "stdout.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-            words = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-            reason = words[-1] if words else f"it ended with exit status {self.process.returncode}"
-            raise ValueError(f"The training of {self.name} failed: {reason} (see {self.folder / 'stdout.txt'})")
-        with write_whole(self.folder / "trained") as stream:
-            stream.write("whole\n")
-
-    def num_epochs(self):
-        """How many epochs the history tells of."""
-        history = self.folder / "history.csv"
-        return max(len(history.read_text(encoding="utf-8").splitlines()) - 1, 0) if history.exists() else 0
-
-
-def _file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _corpus_hash(path):
-    """A hash of what a csv lists, wherever the recordings are."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = [{**row, "path": os.path.basename(row["path"])} for row in csv.DictReader(stream)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def train_models(trainings, recipe, jobs=1, progressbar=True):
-    """Train those models that are not there yet.
-
-    Arguments
-    ---------
-    trainings : list of Training
-    recipe : str or Path
-        The folder of ``train_embeddings.py``.
-    jobs : int
-        Processes at a time, one thread each.
-    progressbar : bool
-
-    Raises
-    ------
-    ValueError
-        If one fails; the others are stopped, and resumed by the next call.
-    """
-    waiting = [training for training in trainings if not training.is_done()]
-    active = []
-    num_kept = len(trainings) - len(waiting)
-    with tqdm(total=len(trainings), initial=num_kept, desc="Models", disable=not progressbar) as bar:
-        try:
-            while waiting or active:
-                while waiting and len(active) < jobs:
-                    active.append(waiting.pop(0))
-                    active[-1].start(recipe)
-                time.sleep(0.2)
-                for training in [each for each in active if each.process.poll() is not None]:
-                    active.remove(training)
-                    training.finish()
-                    bar.update()
-                words = [f"{each.name}: {each.num_epochs()} epochs" for each in active]
-                bar.set_postfix_str(", ".join(words), refresh=sys.stderr.isatty())
-        finally:
-            for training in active:
-                training.process.terminate()
-                training.process.wait()
-
-
 # Scores
 
 
@@ -506,18 +176,6 @@ def load_encoder(folder, device="cpu"):
     from nessa_modules.encoder import SpeakerEncoder
 
     return SpeakerEncoder.from_hparams(str(folder), run_opts={"device": device})
-
-
-def systems_of(plan):
-    """All systems that the plan's alignments make, symmetric ones first.
-
-    Example
-    -------
-    >>> plan = Plan("x", ModelPlan("a"), ModelPlan("b"), alignments={"procrustes": {}, "nessa": {}})
-    >>> [f"{system.pair} {system.alignment}" for system in systems_of(plan)][:4]
-    ['v1-v1 none', 'v2-v2 none', 'v1->v2 procrustes', 'v1->v2 nessa']
-    """
-    return [OLD, NEW, *(System(*pair, kind) for pair in PAIRS for kind in plan.alignments), *CONTROLS]
 
 
 def shared_classifier(enroll_encoder, runtime_encoder):
@@ -694,6 +352,10 @@ def _trials(plan, utterances, num_enroll):
 def _join(key):
     table, size, system = key
     return "|".join([table, str(size), *system])
+
+
+def _file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _state_of(work, encoders, corpora):

@@ -11,6 +11,7 @@ from shared_modules.options import (
     BOOL,
     OPTIONAL_PATH,
     PATH,
+    check_kept,
     check_values,
     list_of,
     number,
@@ -20,25 +21,19 @@ from shared_modules.options import (
 )
 from shared_modules.schedules import SCHEDULES
 
-# What each top-level option of the recipes may be: a test, and the words for what is expected.
-EXPECTED = {
-    "seed": whole(0, 2**32 - 1),
-    "output_folder": PATH,
-    "save_folder": PATH,
-    "train_log": PATH,
+# What each option of the data may be, of every script: a test, and the words for what is expected.
+DATA_OPTIONS = {
     "data_folder": OPTIONAL_PATH,
-    "train_csv": OPTIONAL_PATH,
     "dev_csv": OPTIONAL_PATH,
-    "synthetic_folder": PATH,
-    "skip_prep": BOOL,
     "speaker_shares": list_of(
         lambda v: len(v) == 4 and all(type(x) in (int, float) and x > 0 for x in v) and abs(sum(v) - 1) < 1e-6,
         "a list of four numbers above 0 (training, alignment, validation, test), 1 in all",
     ),
     "split_seed": whole(0, 2**32 - 1),
+    "synthetic_folder": PATH,
     "synthetic_speakers": list_of(
-        lambda v: len(v) == 4 and all(type(size) is int and size >= 1 for size in v),
-        "a list of four whole numbers of at least 1 (training, alignment, validation, test)",
+        lambda v: len(v) == 4 and all(type(size) is int and size >= 2 for size in v),
+        "a list of four whole numbers of at least 2 (training, alignment, validation, test)",
     ),
     "synthetic_utterances": whole(2),
     "synthetic_conditions": number(lambda v: v >= 0, "of at least 0"),
@@ -46,6 +41,16 @@ EXPECTED = {
     "min_seconds": number(lambda v: v > 0, "above 0"),
     "segment_seconds": optional(number(lambda v: v > 0, "above 0")),
     "sample_rate": one_of(8000, 16000),
+    "skip_prep": BOOL,
+}
+# The same of each top-level option of the embedding recipes.
+EXPECTED = {
+    "seed": whole(0, 2**32 - 1),
+    "output_folder": PATH,
+    "save_folder": PATH,
+    "train_log": PATH,
+    **DATA_OPTIONS,
+    "train_csv": OPTIONAL_PATH,
     "loss": one_of(*LOSSES),
     "margin": number(lambda v: 0 <= v <= 1, "from 0 to 1"),
     "scale": number(lambda v: v > 0, "above 0"),
@@ -154,13 +159,8 @@ def check_resume(options):
         earlier = read_options(Path(options["output_folder"]) / "hyperparams.yaml")[1]
     except (OSError, ValueError, yaml.YAMLError):
         return  # the file was cut off by a kill
-    for name in _RUN_OPTIONS:
-        if (name in earlier) != (name in options):
-            raise ValueError(
-                f"The run in {options['output_folder']} is of another kind of model; give another --output_folder."
-            )
-        if name in earlier and name != "out_n_neurons" and earlier[name] != options[name]:
-            raise ValueError(
-                f"--{name} is {options[name]}, but the run in {options['output_folder']} had {earlier[name]}; "
-                "give its value to go on, or another --output_folder."
-            )
+    if any((name in earlier) != (name in options) for name in _RUN_OPTIONS):
+        raise ValueError(
+            f"The run in {options['output_folder']} is of another kind of model; give another --output_folder."
+        )
+    check_kept(options, earlier, (name for name in _RUN_OPTIONS if name != "out_n_neurons"))

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from nessa_modules.profile_file import ProfileFile, Store
 
 DEFAULT_FALSE_ACCEPT_RATE = 0.01
-DEFAULT_RATES = (0.001, 0.01, 0.05)
 
 _CHUNK = 2**12  # profiles that are read and mapped at a time
 _SILENT_DB = -40.0  # of a voice, to the loudest of its mixture
@@ -123,54 +122,6 @@ class MixtureVoice:
         return self.identification is None
 
 
-def calibrate(scores, rates=DEFAULT_RATES):
-    """The thresholds that keep false accepts at given rates, from the scores of comparisons of different speakers.
-
-    The rate is that of one comparison, of one profile with one recording: :meth:`VoiceProfiles.identify` makes one for
-    each profile, so that a stranger is taken for somebody among N up to N times as often.
-
-    Arguments
-    ---------
-    scores : array
-        [K], of profiles with recordings of others, from a development set: speakers that no model was trained on.
-    rates : sequence of float
-        False-accept rates, each at least 1 / K.
-
-    Returns
-    -------
-    list of dict
-        ``false_accept_rate`` and ``threshold`` of each, in the order of the rates: the lowest threshold that at most
-        this share of the scores reaches.
-
-    Raises
-    ------
-    ValueError
-        If the scores are not finite or too few for a rate.
-
-    Example
-    -------
-    >>> entry, = calibrate(np.arange(100) / 100, rates=[0.05])
-    >>> entry["false_accept_rate"], 0.94 < entry["threshold"] < 0.9401
-    (0.05, True)
-    """
-    scores = np.sort(_array(scores).astype(np.float64).ravel())[::-1]  # [K]
-    if not np.isfinite(scores).all():
-        raise ValueError("scores must be finite, but they hold NaN or infinite values.")
-    entries = []
-    for rate in rates:
-        if not 0 < rate < 1:
-            raise ValueError(f"A false-accept rate can only be above 0 and below 1, but got {rate!r}.")
-        num_accepted = math.floor(rate * len(scores) + 1e-9)
-        if num_accepted < 1:
-            raise ValueError(
-                f"A false-accept rate of {rate:g} needs at least {math.ceil(1 / rate - 1e-9)} comparisons of different "
-                f"speakers, but got {len(scores)}."
-            )
-        # The next number above, so that of equal scores all are rejected.
-        entries.append({"false_accept_rate": rate, "threshold": float(np.nextafter(scores[num_accepted], np.inf))})
-    return entries
-
-
 class VoiceProfiles:
     """Voice profiles in one SQLite file, for one model or for a pair of models and their alignment.
 
@@ -197,7 +148,7 @@ class VoiceProfiles:
         Of the enrollment and the runtime model (:func:`nessa_modules.alignment.load_alignment`). None where one model
         does both.
     calibration : list of dict, optional
-        Thresholds for a new store, from :func:`calibrate`. None: those of the alignment.
+        Thresholds for a new store, from :func:`nessa_modules.trials.calibrate_thresholds`. None: the alignment's.
     false_accept_rate : float, optional
         Which of the thresholds counts, unless a call says otherwise. None: the store's, 0.01 for a new one.
     must_exist : bool
@@ -268,7 +219,7 @@ class VoiceProfiles:
         -------
         dict or None
             ``enroll_model_id``, ``runtime_model_id``, ``alignment_id`` (None: one model), ``false_accept_rate``,
-            ``calibration`` (a list as of :func:`calibrate`) and ``profiles``: of each the ``name``, the number of its
+            ``calibration`` (a list of rates and thresholds) and ``profiles``: of each the ``name``, the number of its
             ``recordings`` and the ``models`` that made them. None where there is no store yet.
         """
         with self._file.transaction() as connection:
@@ -528,7 +479,7 @@ class VoiceProfiles:
         encoder : SpeakerEncoder, optional
             The new runtime model, with which this object goes on. None: it goes on without one.
         calibration : list of dict, optional
-            Thresholds, from :func:`calibrate`. None: those of the alignment.
+            Thresholds, from :func:`nessa_modules.trials.calibrate_thresholds`. None: those of the alignment.
         false_accept_rate : float, optional
             Which of them counts. None: the store's.
 
@@ -587,7 +538,7 @@ class VoiceProfiles:
         Arguments
         ---------
         calibration : list of dict
-            From :func:`calibrate`, with scores of the models and the alignment of this store.
+            From :func:`nessa_modules.trials.calibrate_thresholds`, with scores of this store's models and alignment.
         false_accept_rate : float, optional
             Which of them counts. None: the store's.
 

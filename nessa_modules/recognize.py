@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsd_modules.separate import find_model, find_recordings
+from dsd_modules.separate import find_model
 from shared_modules.errors import RunError
-from shared_modules.terminal import leave, positive, printable
+from shared_modules.recording_files import find_recordings
+from shared_modules.terminal import SecondsBar, leave, positive, printable
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read.
 
@@ -38,53 +39,6 @@ _RATE_HELP = (
     "(default: the store's, which is 0.01 unless it was made with another). The rate is that of one comparison: among "
     "N profiles, a stranger is taken for somebody up to N times as often"
 )
-
-
-def calibration_scores(alignment, profile_embeddings, utterance_embeddings, speakers, num_enroll=3):
-    """The scores of a development set's comparisons of different speakers.
-
-    They are what :func:`nessa_modules.profiles.calibrate` takes.
-
-    Arguments
-    ---------
-    alignment : Alignment or None
-        None where one model makes both.
-    profile_embeddings : array
-        [K, Dx], of the model that enrolls.
-    utterance_embeddings : array
-        [K, Dy], of the same K utterances, of the model that recognises.
-    speakers : list of str
-        Their K speakers.
-    num_enroll : int
-        The first so many utterances of each speaker make a profile.
-
-    Returns
-    -------
-    numpy.ndarray
-        The cosine of each profile with each utterance of another speaker.
-
-    Example
-    -------
-    >>> import numpy as np
-    >>> embeddings = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> calibration_scores(None, embeddings, embeddings, ["ann", "ann", "bob"]).tolist()
-    [0.0, 0.0, 0.0]
-    """
-    import numpy as np
-
-    def unit(vectors):
-        vectors = vectors.numpy() if hasattr(vectors, "numpy") else np.asarray(vectors)
-        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-    names, owners = np.unique(speakers, return_inverse=True)  # [P], [K]
-    profile_embeddings = unit(profile_embeddings)
-    rows = [np.flatnonzero(owners == number)[:num_enroll] for number in range(len(names))]
-    profiles = np.stack([profile_embeddings[own].mean(0) for own in rows])  # [P, Dx]
-    utterances = unit(utterance_embeddings)  # [K, Dy]
-    if alignment is not None:
-        profiles, utterances = alignment.enroll(profiles), alignment.runtime(utterances)
-    scores = unit(profiles) @ unit(utterances).T  # [P, K]
-    return scores[owners[None] != np.arange(len(names))[:, None]]
 
 
 def main(argv=None):
@@ -162,7 +116,7 @@ def _identify(arguments):
         if separator is None:
             result = profiles.identify(recording, arguments.candidates, arguments.false_accept_rate)
             return [({}, _identified(result), _identified_line(result))], True
-        with _SecondsBar() as bar:
+        with SecondsBar("separated", delay=1, leave=False, disable=None) as bar:
             voices = profiles.identify_mixture(
                 recording, separator, arguments.candidates, arguments.false_accept_rate, bar.progress
             )
@@ -240,17 +194,13 @@ def _migrate(arguments):
 
 def _calibrate(arguments):
     from nessa_modules.corpora import read_corpus
-    from nessa_modules.profiles import DEFAULT_RATES, VoiceProfiles, calibrate
+    from nessa_modules.profiles import DEFAULT_FALSE_ACCEPT_RATE, VoiceProfiles
+    from nessa_modules.trials import SameSpace, calibrate_thresholds, make_trials
 
     utterances = read_corpus(arguments.corpus, segment_seconds=arguments.segment_seconds)
-    speakers = [utterance.speaker for utterance in utterances]
-    if len(set(speakers)) < 2:
-        raise RunError(
-            f"A development set needs two speakers or more, but {arguments.corpus} has {len(set(speakers))}."
-        )
+    trials = make_trials(utterances, num_enroll=arguments.num_enroll)
     alignment = _load_alignment(arguments)
-    recogniser = _load_encoder(arguments.model, arguments.device)
-    enroller = recogniser
+    recogniser = enroller = _load_encoder(arguments.model, arguments.device)
     if arguments.enroll_model is not None:
         enroller = _load_encoder(arguments.enroll_model, arguments.device)
     expected = recogniser.model_id if alignment is None else alignment.enroll_model_id
@@ -262,18 +212,22 @@ def _calibrate(arguments):
     progressbar = sys.stderr.isatty()
     embeddings = recogniser.encode_utterances(utterances, progressbar)
     of_profiles = embeddings if enroller is recogniser else enroller.encode_utterances(utterances, progressbar)
-    scores = calibration_scores(alignment, of_profiles, embeddings, speakers, arguments.num_enroll)
-    rates = arguments.rates or [rate for rate in DEFAULT_RATES if rate * len(scores) >= 1]
-    entries = calibrate(scores, sorted(set(rates or DEFAULT_RATES)))
+    scores = trials.scores(alignment or SameSpace(), of_profiles, embeddings)
+    rows = calibrate_thresholds(scores, trials.labels, sorted(set(arguments.rates)))
+    if not rows:
+        raise RunError(f"{arguments.corpus} has too few recordings for any threshold.")
     rate = arguments.false_accept_rate
-    if rate is None and all(entry["false_accept_rate"] != 0.01 for entry in entries):
-        rate = entries[0]["false_accept_rate"]
-    profiles.set_calibration(entries, rate)
+    if rate is None and all(row["false_accept_rate"] != DEFAULT_FALSE_ACCEPT_RATE for row in rows):
+        rate = rows[0]["false_accept_rate"]
+    profiles.set_calibration(rows, rate)
+    count = int((~trials.labels).sum())
     lines = [
-        f"  {entry['threshold']:.3f} at a false-accept rate of {entry['false_accept_rate']:g}" for entry in entries
+        f"  {row['threshold']:.3f} at a false-accept rate of {row['false_accept_rate']:g}, which rejects "
+        f"{100 * row['false_reject_rate']:.1f} % of the true speakers' recordings"
+        for row in rows
     ]
-    known = {"store": str(arguments.store), "comparisons": len(scores), "calibration": entries}
-    _tell(arguments, known, "\n".join([f"thresholds from {len(scores)} comparisons of different speakers:", *lines]))
+    known = {"store": str(arguments.store), "comparisons": count, "calibration": rows}
+    _tell(arguments, known, "\n".join([f"thresholds from {count} comparisons of different speakers:", *lines]))
     return 0
 
 
@@ -384,22 +338,6 @@ def _device(device):
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class _SecondsBar:
-    """How much of a recording is separated, on a terminal."""
-
-    def __enter__(self):
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
-        self._bar = tqdm(desc="separated", total=0, delay=1, leave=False, disable=None, bar_format=form)
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-
-    def progress(self, done_seconds, total_seconds):
-        self._bar.total = max(total_seconds, done_seconds)  # a header may promise too little
-        self._bar.update(done_seconds - self._bar.n)
 
 
 def _tell(arguments, known, line):
@@ -546,8 +484,9 @@ def _parser():
         "--rates",
         type=_share,
         nargs="+",
+        default=(0.001, 0.01, 0.05),
         metavar="R",
-        help="false-accept rates (default: of 0.001 0.01 0.05 those that there are comparisons enough for)",
+        help="false-accept rates (default: 0.001 0.01 0.05); those with too few comparisons for them are left out",
     )
     return parser
 

@@ -1,23 +1,21 @@
 """Tables and figures of the experiment with two generations of a speaker model."""
 
-import csv
 import math
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from scipy.stats import norm
 from sklearn.manifold import TSNE
 from torch.nn.functional import normalize, pad
 
-from dsd_modules.report import BLUE, GREEN, GREY, ORANGE, STYLE
-from nessa_modules.experiment import NESSA_KINDS, NEW, OLD, PAIRS, SEXES, System
+from nessa_modules.plan import NESSA_KINDS, NEW, OLD, PAIRS, SEXES, System
 from nessa_modules.trials import det_points
-from shared_modules.files import write_whole
+from shared_modules.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY_BLUE, STYLE, new_figure, save_figure
+from shared_modules.files import write_table, write_whole
 
 LABELS = {
     "none": "no alignment",
@@ -27,17 +25,17 @@ LABELS = {
     "nessa_runtime": "NESSA, one-sided",
     "nessa": "NESSA",
 }
-# Okabe and Ito's colours; shape and dashes tell the lines apart without them.
+# Shape and dashes tell the lines apart without the colours.
 _LINES = {
-    "none": {"color": "#CC79A7", "marker": "v", "ls": (0, (1, 1))},
+    "none": {"color": PURPLE, "marker": "v", "ls": (0, (1, 1))},
     "logit": {"color": BLUE, "marker": "s", "ls": (0, (4, 1.5))},
-    "procrustes": {"color": "#56B4E9", "marker": "^", "ls": (0, (4, 1, 1, 1))},
+    "procrustes": {"color": SKY_BLUE, "marker": "^", "ls": (0, (4, 1, 1, 1))},
     "least_squares": {"color": GREEN, "marker": "D", "ls": (0, (2, 1))},
-    "nessa_runtime": {"color": "#E69F00", "marker": "P", "ls": (0, (6, 1))},
+    "nessa_runtime": {"color": AMBER, "marker": "P", "ls": (0, (6, 1))},
     "nessa": {"color": ORANGE, "marker": "o", "ls": "-"},
 }
 _BOTH = {OLD: {"color": GREY, "ls": "-"}, NEW: {"color": "black", "ls": "-"}}
-_SPEAKER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#7F7F7F")
+_SPEAKER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY_BLUE, "black", GREY)
 
 
 def label_of(system):
@@ -53,15 +51,14 @@ def label_of(system):
     return f"{system.pair}, {LABELS[system.alignment]}"
 
 
-def _per_cent(interval, digits=1, sign=False):
+def _plain(interval, digits=3, sign=False, scale=1):
     form = f"{'+' if sign else ''}.{digits}f"
-    low, mean, high = (format(100 * value, form) for value in (interval.low, interval.mean, interval.high))
+    low, mean, high = (format(scale * value, form) for value in (interval.low, interval.mean, interval.high))
     return f"{mean} [{low}, {high}]"
 
 
-def _plain(interval, digits=3, sign=False):
-    form = f"{'+' if sign else ''}.{digits}f"
-    return "{1} [{0}, {2}]".format(*(format(x, form) for x in (interval.low, interval.mean, interval.high)))
+def _per_cent(interval, digits=1, sign=False):
+    return _plain(interval, digits, sign, scale=100)
 
 
 def _gain(recovered):
@@ -86,23 +83,15 @@ def write_tables(results, folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "results.csv", _rows_by_seed(results))
-    _write_csv(folder / "intervals.csv", _rows_with_intervals(results))
-    _write_csv(folder / "differences.csv", _rows_of_differences(results))
-    _write_csv(folder / "recovered_gain.csv", _rows_of_gains(results))
-    _write_csv(folder / "costs.csv", results.costs)
+    write_table(folder / "results.csv", _rows_by_seed(results))
+    write_table(folder / "intervals.csv", _rows_with_intervals(results))
+    write_table(folder / "differences.csv", _rows_of_differences(results))
+    write_table(folder / "recovered_gain.csv", _rows_of_gains(results))
+    write_table(folder / "costs.csv", results.costs)
     text = summary(results)
     with write_whole(folder / "summary.md") as stream:
         stream.write(text)
     return text
-
-
-def _write_csv(path, rows):
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with write_whole(path) as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _tables(results):
@@ -294,15 +283,8 @@ def write_figures(results, folder, spaces=None):
     paths = []
     for name, figure in figures.items():
         paths.append(Path(folder) / name)
-        with write_whole(paths[-1], "wb") as stream:
-            figure.savefig(stream, format="png")
+        save_figure(figure, paths[-1])
     return paths
-
-
-def _new_figure(width_inches, height_inches):
-    figure = Figure(figsize=(width_inches, height_inches), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-    return figure
 
 
 def error_figure(results):
@@ -319,7 +301,7 @@ def error_figure(results):
     main = results.main
     kinds = [kind for kind in LABELS if kind in results.plan.alignments]
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(12, 0.42 * (len(kinds) + 2) + 1.9)
+        figure = new_figure(0.42 * (len(kinds) + 2) + 1.9)
         all_axes = figure.subplots(1, 2, sharey=True)
         shown = [errors for system, errors in main.items() if system.is_symmetric or system.alignment != "none"]
         limit = 110 * max(end for errors in shown for end in (errors.interval().high, *errors.eer_by_seed))
@@ -378,21 +360,20 @@ def det_figure(results):
     matplotlib.figure.Figure
     """
     labels = results.trials.labels
-    least = max(1 / (~labels).sum(), 1e-4)
-    grid = norm.cdf(np.linspace(norm.ppf(least), norm.ppf(0.8), 200))
+    grid = _det_grid(labels)
     curves = {}
     for system, by_seed in results.scores.items():
         curves[system] = np.mean([_false_reject_at(grid, scores, labels) for scores in by_seed], axis=0)
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(12, 6.4)
+        figure = new_figure(6.4)
         for axes, pair in zip(figure.subplots(1, 2, sharex=True, sharey=True), PAIRS, strict=True):
             lines = [(OLD, _BOTH[OLD]), *((System(*pair, kind), _LINES[kind]) for kind in LABELS), (NEW, _BOTH[NEW])]
             for system, line in lines:
                 if system in curves:
                     _plot_det(axes, grid, curves[system], **_without_marker(line))
-            ends = norm.ppf([least, 0.8])
+            ends = norm.ppf(grid[[0, -1]])
             axes.plot(ends, ends, color="#BBBBBB", lw=0.8, zorder=0)
-            _finish_det(axes, f"Profiles of {pair[0]}, utterances of {pair[1]}", least, curves.values(), labels.sum())
+            _finish_det(axes, f"Profiles of {pair[0]}, utterances of {pair[1]}", grid, curves.values(), labels.sum())
             axes.label_outer()
             axes.set_xlabel("false-accept rate (%)")
         handles = [Line2D([], [], label=label_of(system), **line) for system, line in _BOTH.items()]
@@ -401,6 +382,12 @@ def det_figure(results):
                 handles.append(Line2D([], [], label=LABELS[kind], **_without_marker(line)))
         figure.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=3)
     return figure
+
+
+def _det_grid(labels):
+    """False-accept rates, from that of one non-target trial, or 0.0001, to 0.8."""
+    least = max(1 / (~labels).sum(), 1e-4)
+    return norm.cdf(np.linspace(norm.ppf(least), norm.ppf(0.8), 200))
 
 
 def _without_marker(line):
@@ -420,12 +407,12 @@ def _plot_det(axes, false_accept, false_reject, **line):
     axes.plot(norm.ppf(false_accept), np.where(np.isfinite(rejected), rejected, np.nan), **line)
 
 
-def _finish_det(axes, title, least_accept, curves, num_targets):
+def _finish_det(axes, title, grid, curves, num_targets):
     least_reject = max(min(curve[curve > 0].min() for curve in curves if (curve > 0).any()), 1 / num_targets)
-    for axis, least in ((axes.xaxis, least_accept), (axes.yaxis, least_reject)):
+    for axis, least in ((axes.xaxis, grid[0]), (axes.yaxis, least_reject)):
         axis.set_major_locator(FixedLocator(norm.ppf([tick for tick in _DET_TICKS if tick >= min(least, 0.02)])))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * norm.cdf(value):.3g}"))
-    axes.set_xlim(norm.ppf(least_accept), norm.ppf(0.8))
+    axes.set_xlim(*norm.ppf(grid[[0, -1]]))
     axes.set_ylim(norm.ppf(min(least_reject, 0.02)), norm.ppf(0.99 if max(c.max() for c in curves) > 0.8 else 0.8))
     axes.set(title=title, ylabel="false-reject rate (%)")
 
@@ -447,7 +434,7 @@ def dependence_figure(results):
     if len(results.by_enroll) > 1:
         columns.append((dict(sorted(results.by_enroll.items())), "utterances in a profile", False))
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(6 * len(columns), 8.6)
+        figure = new_figure(8.6, 6 * len(columns))
         all_axes = figure.subplots(2, len(columns), squeeze=False, sharey=True)
         for row, pair in zip(all_axes, PAIRS, strict=True):
             for axes, (tables, xlabel, is_log) in zip(row, columns, strict=True):
@@ -511,7 +498,7 @@ def spaces_figure(enroll, runtime, speakers, alignment, title=""):
     ]
     after = [each[rows] for each in after]
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(12, 6.3)
+        figure = new_figure(6.3)
         for axes, name, sides in zip(
             figure.subplots(1, 2), ("Before the alignment", "After it"), (before, after), strict=True
         ):
@@ -520,8 +507,8 @@ def spaces_figure(enroll, runtime, speakers, alignment, title=""):
                 own = points[side * len(rows) : (side + 1) * len(rows)]
                 for speaker, colour in zip(names, _SPEAKER_COLOURS, strict=False):
                     is_own = np.array([each == speaker for each in drawn])
-                    face = {"facecolors": "none"} if marker == "o" else {}
-                    axes.scatter(*own[is_own].T, s=42, marker=marker, linewidths=1.4, **_edge(marker, colour), **face)
+                    ink = {"edgecolors": colour, "facecolors": "none"} if marker == "o" else {"color": colour}
+                    axes.scatter(*own[is_own].T, s=42, marker=marker, linewidths=1.4, **ink)
             axes.set(title=name, xticks=[], yticks=[])
             axes.set_xlabel("t-SNE of cosine distances (no unit)")
             axes.grid(False)
@@ -539,10 +526,6 @@ def spaces_figure(enroll, runtime, speakers, alignment, title=""):
     return figure
 
 
-def _edge(marker, colour):
-    return {"edgecolors": colour} if marker == "o" else {"color": colour}
-
-
 def _in_two_dimensions(vectors):
     """t-SNE, which keeps neighbours together; few enough points that it takes a second."""
     perplexity = max(min(15.0, (len(vectors) - 1) / 3), 1.0)
@@ -556,8 +539,8 @@ def alignment_figure(curves, history=()):
     Arguments
     ---------
     curves : dict
-        From a system's name to its scores and labels, both ``[T]``. Alignments are named as in :data:`LABELS`, the
-        two systems before them are of one model.
+        From a system's name to its scores and the labels, both ``[T]``, of the same trials. Alignments are named as
+        in :data:`LABELS`, the two systems before them are of one model.
     history : list of dict
         ``step`` and other numbers.
 
@@ -565,19 +548,18 @@ def alignment_figure(curves, history=()):
     -------
     matplotlib.figure.Figure
     """
-    least = max(1 / min((~np.asarray(labels)).sum() for _, labels in curves.values()), 1e-4)
-    grid = norm.cdf(np.linspace(norm.ppf(least), norm.ppf(0.8), 200))
+    labels = next(iter(curves.values()))[1]
+    grid = _det_grid(labels)
     columns = [name for name in (history[0] if history else {}) if name != "step"]
     lines = {label: _without_marker(_LINES[kind]) for kind, label in LABELS.items()}
     others = iter(_BOTH.values())
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(6.5 * (1 + bool(columns)), 6.4)
+        figure = new_figure(6.4, 6.5 * (1 + bool(columns)))
         all_axes = figure.subplots(1, 1 + bool(columns), squeeze=False)[0]
         drawn = {name: _false_reject_at(grid, *each) for name, each in curves.items()}
         for name, rates in drawn.items():
             _plot_det(all_axes[0], grid, rates, label=name, **(lines.get(name) or next(others, {"ls": ":"})))
-        num_targets = min(np.sum(labels) for _, labels in curves.values())
-        _finish_det(all_axes[0], "Detection error tradeoff, test set", least, list(drawn.values()), num_targets)
+        _finish_det(all_axes[0], "Detection error tradeoff, test set", grid, drawn.values(), np.sum(labels))
         all_axes[0].set_xlabel("false-accept rate (%)")
         all_axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, handlelength=3)
         for axes in all_axes[1:]:

@@ -5,6 +5,7 @@ the same speaker. Scores are higher where the two are more alike. Error rates ar
 """
 
 import itertools
+import logging
 import math
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from sklearn.metrics import det_curve, roc_curve
 from torch.nn.functional import normalize
 
 from shared_modules.statistics import Interval, percentile_interval
+
+logger = logging.getLogger(__name__)
 
 _PAIRS_AT_A_TIME = 1_000_000  # of embeddings, so that a long list of trials takes little memory
 _WEIGHTS_AT_A_TIME = 4_000_000  # of bootstrapped trials, for the same reason
@@ -288,7 +291,8 @@ def _check_both_kinds(labels):
     num_targets = int(np.sum(labels))
     if not 0 < num_targets < len(labels):
         raise ValueError(
-            f"Target and non-target trials are both needed, but of {len(labels)} trials {num_targets} are targets."
+            "Target and non-target trials are both needed, of two speakers or more, but of "
+            f"{len(labels)} trials {num_targets} are targets."
         )
 
 
@@ -411,19 +415,21 @@ def det_points(scores, labels):
 def calibrate_thresholds(scores, labels, false_accept_rates=(0.1, 0.05, 0.01, 0.001)):
     """The lowest thresholds under which no more than a given share of the non-target trials is accepted.
 
+    The rate is that of one comparison, of one profile with one utterance: a stranger is taken for somebody among N
+    profiles up to N times as often. A rate that is less than one of the trials is left out with a warning.
+
     Arguments
     ---------
     scores, labels
-        As for :func:`eer`; of a development set. A trial is accepted where its score is at least the threshold.
+        As for :func:`eer`; of a development set, whose speakers no model was trained on. A trial is accepted where
+        its score is at least the threshold.
     false_accept_rates : sequence of float
         Above 0 and below 1.
 
     Returns
     -------
     list of dict
-        For each rate ``false_accept_rate``, ``threshold``, ``false_reject_rate`` (of the same trials) and
-        ``num_false_accepts``, on how many accepted non-target trials the threshold rests: with none, or few, the true
-        rate may well be higher.
+        For each rate ``false_accept_rate``, ``threshold`` and ``false_reject_rate`` (of the same trials).
 
     Raises
     ------
@@ -433,7 +439,7 @@ def calibrate_thresholds(scores, labels, false_accept_rates=(0.1, 0.05, 0.01, 0.
     Example
     -------
     >>> rows = calibrate_thresholds([0.9, 0.4, 0.6, 0.1], [1, 1, 0, 0], [0.5])
-    >>> rows == [{"false_accept_rate": 0.5, "threshold": 0.4, "false_reject_rate": 0.0, "num_false_accepts": 1}]
+    >>> rows == [{"false_accept_rate": 0.5, "threshold": 0.4, "false_reject_rate": 0.0}]
     True
     """
     scores, labels = _checked(scores, labels)
@@ -443,6 +449,14 @@ def calibrate_thresholds(scores, labels, false_accept_rates=(0.1, 0.05, 0.01, 0.
         if not 0 < rate < 1:
             raise ValueError(f"A false-accept rate can only be a number above 0 and below 1, but got {rate!r}.")
         accepted = math.floor(rate * len(others) + 1e-9)  # the next one would be too many
+        if not accepted:
+            needed = math.ceil(1 / rate - 1e-9)
+            logger.warning(
+                "No threshold for a false-accept rate of %g: it needs at least %d comparisons of different speakers, "
+                "but there are %d.",
+                *(rate, needed, len(others)),
+            )
+            continue
         refused = others[accepted]
         # Of all scores seen, of targets too, the lowest above those that must be refused.
         above = scores[scores > refused]
@@ -452,7 +466,6 @@ def calibrate_thresholds(scores, labels, false_accept_rates=(0.1, 0.05, 0.01, 0.
                 "false_accept_rate": float(rate),
                 "threshold": threshold,
                 "false_reject_rate": float((scores[labels] < threshold).mean()),
-                "num_false_accepts": int((others >= threshold).sum()),
             }
         )
     return rows

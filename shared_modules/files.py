@@ -112,6 +112,30 @@ def lock_folder(folder):
     return lock
 
 
+def write_table(path, rows):
+    """Write a CSV table, whole or not at all.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file, whose folder must exist.
+    rows : list of dict
+        Cells by column; the columns are in the order in which they first come up, a cell that is missing is empty.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "table.csv"
+    >>> write_table(path, [{"id": "mix_1", "si_sdr": 9.5}, {"id": "mix_2", "si_sdr": 8.0, "sdr": 8.5}])
+    >>> path.read_text()
+    'id,si_sdr,sdr\\nmix_1,9.5,\\nmix_2,8.0,8.5\\n'
+    """
+    with write_whole(path) as stream:
+        writer = csv.DictWriter(stream, dict.fromkeys(column for row in rows for column in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def read_table(path, key):
     """Read a CSV table of numbers, one row per key.
 

@@ -8,10 +8,11 @@ import re
 from decimal import Decimal
 from pathlib import Path
 
-import torch
 import yaml
 from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import infer_device
+
+from shared_modules.devices import find_device
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -173,6 +174,35 @@ def check_values(options, expected):
             raise ValueError(f"--{name} can only be {words}, but got {options[name]!r}.")
 
 
+def check_kept(options, earlier, names):
+    """Refuse to go on in an output folder with other values than its run had.
+
+    Arguments
+    ---------
+    options, earlier : dict
+        From :func:`read_options`: what is asked for, and what the folder's last run had.
+    names : iterable of str
+        The options that must be kept; those that the earlier run did not have yet are not compared.
+
+    Raises
+    ------
+    ValueError
+        One sentence that names the option and both values.
+
+    Example
+    -------
+    >>> check_kept({"seed": 2, "output_folder": "out"}, {"seed": 1}, ["seed"])
+    Traceback (most recent call last):
+    ValueError: --seed is 2, but the run in out had 1; give its value to go on, or another --output_folder.
+    """
+    for name in names:
+        if name in earlier and earlier[name] != options[name]:
+            raise ValueError(
+                f"--{name} is {options[name]}, but the run in {options['output_folder']} had {earlier[name]}; "
+                "give its value to go on, or another --output_folder."
+            )
+
+
 def check_run_opts(options, run_opts):
     """Refuse run options of SpeechBrain that this machine or this recipe cannot serve.
 
@@ -196,10 +226,7 @@ def check_run_opts(options, run_opts):
     if run_opts.data_parallel_backend:
         raise ValueError("--data_parallel_backend is not supported; use torchrun for several GPUs.")
     device = run_opts.device or infer_device()
-    try:
-        is_cpu = torch.empty(0, device=device).device.type == "cpu"
-    except (AssertionError, RuntimeError) as error:  # torch raises either
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    is_cpu = find_device(device).type == "cpu"
     if options["precision"] == "fp16" and is_cpu:
         raise ValueError("--precision fp16 needs a GPU, but the device is the CPU; give fp32 or bf16.")
     if not is_cpu or "distributed_backend" in run_opts.overridden_args:

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import sys
 
+from tqdm import tqdm
+
 
 def printable(text):
     """One line that any terminal takes, whatever bytes a file's name is made of.
@@ -33,3 +35,28 @@ def positive(text):
         if int(text) > 0:
             return int(text)
     raise argparse.ArgumentTypeError(f"can only be a whole number from 1, but got {text!r}")
+
+
+class SecondsBar(tqdm):
+    """A progress bar over the seconds of a recording.
+
+    Arguments
+    ---------
+    description : str
+    **options
+        Others of tqdm's.
+
+    Example
+    -------
+    >>> with SecondsBar("talk.wav", disable=True) as bar:
+    ...     bar.progress(2.5, 10.0)
+    """
+
+    def __init__(self, description, **options):
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+        super().__init__(desc=description, total=0, bar_format=form, **options)
+
+    def progress(self, done_seconds, total_seconds):
+        """Show how many seconds are done, and how many there are as far as is known."""
+        self.total = max(total_seconds, done_seconds)  # a header may promise too little
+        self.update(done_seconds - self.n)

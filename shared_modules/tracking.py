@@ -3,7 +3,6 @@
 Everything here can be checkpointed, so that a resumed run leaves the records of an uninterrupted one.
 """
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.train_logger import TrainLogger
 
 from shared_modules.distributed import all_gather, get_rank
-from shared_modules.files import write_whole
+from shared_modules.files import write_table
 
 _QUANTA_PER_UNIT = 2**32
 
@@ -118,12 +117,8 @@ class History:
     def append(self, row):
         """Add an epoch's numbers and write the file."""
         self.rows.append(row)
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
-        with write_whole(self.path, "w") as stream:
-            writer = csv.DictWriter(stream, columns, lineterminator="\n")
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerow({key: "" if _is_missing(value) else value for key, value in row.items()})
+        cells = [{key: "" if _is_missing(value) else value for key, value in row.items()} for row in self.rows]
+        write_table(self.path, cells)
 
     @mark_as_saver
     def save(self, path):

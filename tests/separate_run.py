@@ -73,5 +73,5 @@ if __name__ in ("__main__", "__mp_main__"):
     separate._load = load
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, separate._leave)
+    signal.signal(signal.SIGTERM, separate.leave)
     sys.exit(separate.main())

@@ -61,7 +61,7 @@ def nothing_built(recipe, monkeypatch):
         ("num_heads", 7, "--num_heads must divide num_filters, but got 7 for 256 filters"),
         ("data_folder", "/no/such/folder", "--data_folder /no/such/folder does not exist"),
         ("precision", "fp16", "--precision fp16 needs a GPU"),
-        ("device", "bogus", "--device bogus cannot be used"),
+        ("device", "bogus", "device can only be one of this machine, but got 'bogus'"),
         ("num_filters", 7, "--num_filters must be even, but got 7"),
         ("sample_rate", 8000.0, "one of 8000, 16000, but got 8000.0"),
         ("train_sets", "[[a], b]", "a list of train-100"),

@@ -18,25 +18,19 @@ from conftest import REPOSITORY, arguments
 
 from nessa_modules import experiment
 from nessa_modules.alignment import load_alignment
+from nessa_modules.corpora import read_corpus
 from nessa_modules.experiment import (
-    NEW,
-    OLD,
-    ModelPlan,
-    Plan,
     SeedWork,
-    System,
-    Training,
     evaluate,
     make_corpora,
-    read_plan,
     read_sexes,
     score_seed,
     shared_classifier,
     subset_of_speakers,
-    systems_of,
-    train_models,
 )
+from nessa_modules.plan import CONTROLS, NEW, OLD, PAIRS, ModelPlan, Plan, System, read_plan, systems_of
 from nessa_modules.report import LABELS, summary
+from nessa_modules.trainings import Training, train_models
 from nessa_modules.trials import SameSpace, eer, make_trials, trials_from_list
 
 RECIPE = REPOSITORY / "recipes/VoxCeleb/SpeakerAlignment"
@@ -160,7 +154,7 @@ def test_the_whole_experiment(plan, tmp_path, fake_recipe, sources):
     assert set(results.by_speakers) == {6, 9}
     assert results.by_enroll[2] is results.main
 
-    test = experiment.read_corpus(tmp_path / "out/data/test.csv", progressbar=False)
+    test = read_corpus(tmp_path / "out/data/test.csv", progressbar=False)
     trials = make_trials(test, 2, 3)
     encoder = FakeEncoder(tmp_path / "out/models/v2_2/exported")
     embeddings = encoder.encode_utterances(test)
@@ -201,7 +195,7 @@ def test_alignment_recovers_what_an_update_gains(plan, tmp_path, fake_recipe, so
     alignments = {kind: plan.alignments[kind] for kind in ("none", "procrustes", "nessa")}
     plan = dataclasses.replace(plan, alignments=alignments, speakers_curve=())
     results = run(plan, tmp_path / "out", fake_recipe, {**sources, "alignment": recordings["many"]}, seeds=(1,))
-    for pair in experiment.PAIRS:
+    for pair in PAIRS:
         assert results.main[System(*pair, "none")].eer > 0.35
         assert results.main[System(*pair, "procrustes")].eer < results.main[OLD].eer
         assert results.gains[System(*pair, "nessa")]["eer"].gain.low > 0
@@ -425,7 +419,7 @@ def test_evaluate_needs_both_sexes(plan, tmp_path, sources):
     rng = np.random.default_rng(0)
     scores = {
         ("main", 0, system): [trials.labels + rng.normal(size=len(trials))]
-        for system in (OLD, NEW, *(System(*pair, "nessa") for pair in experiment.PAIRS), *experiment.CONTROLS)
+        for system in (OLD, NEW, *(System(*pair, "nessa") for pair in PAIRS), *CONTROLS)
     }
     results = evaluate(plan, [1], corpora, scores, progressbar=False)
     assert results.by_sex == {}
@@ -481,7 +475,7 @@ def test_an_alignment_is_fitted_tested_and_calibrated(fit, recordings, kind):
     assert alignment.name == kind
     assert (alignment.enroll_model_id, alignment.runtime_model_id) == tuple(model.model_id for model in models)
 
-    test = experiment.read_corpus(out / "manifests/test.csv", progressbar=False)
+    test = read_corpus(out / "manifests/test.csv", progressbar=False)
     trials = make_trials(test, 2, 5, seed=1986)
     scores = trials.scores(alignment, *(model.encode_utterances(test) for model in models))
     rows = {(row["split"], row["system"]): row for row in read_csv(out / "results.csv")}
@@ -502,7 +496,7 @@ def test_trials_of_a_list(fit, tmp_path):
     lines = [f"1 test{n:02d}-0 test{n:02d}-1\n0 test{n:02d}-0 test{(n + 1) % 12:02d}-3" for n in range(12)]
     (tmp_path / "list.txt").write_text("\n".join(lines))
     out = fit(alignment="none", test_trials=tmp_path / "list.txt")
-    test = experiment.read_corpus(out / "manifests/test.csv", progressbar=False)
+    test = read_corpus(out / "manifests/test.csv", progressbar=False)
     trials = trials_from_list(test, experiment_list(lines))
     model = FakeEncoder(tmp_path / "enroll").encode_utterances(test)
     row = next(row for row in read_csv(out / "results.csv") if row["split"] == "test")
@@ -523,7 +517,7 @@ def experiment_list(lines):
         ({"num_enroll": 6}, "No speaker has more than 6 utterances"),
         ({"num_enroll": 0}, "--num_enroll can only be a whole number of at least 1, but got 0"),
         ({"false_accept_rates": "[1.5]"}, "a list of numbers above 0 and below 1, but got [1.5]"),
-        ({"device": "bogus"}, "--device bogus cannot be used"),
+        ({"device": "bogus"}, "device can only be one of this machine, but got 'bogus'"),
         ({"dev_csv": None}, "dev_csv is missing"),
         ({"test_trials": "no_such.txt"}, "no_such.txt cannot be read"),
     ],

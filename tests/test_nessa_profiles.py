@@ -16,7 +16,7 @@ from profiles_run import CALIBRATION, RATE, Aligned, Encoder, raw_bytes, speaker
 
 from nessa_modules import profile_file
 from nessa_modules.alignment import load_alignment, make_alignment
-from nessa_modules.profiles import VoiceProfiles, calibrate
+from nessa_modules.profiles import VoiceProfiles
 
 RUN = [sys.executable, str(Path(__file__).parent / "profiles_run.py")]
 V1, V2, V3 = Encoder("v1"), Encoder("v2"), Encoder("v3", 20)
@@ -55,22 +55,6 @@ def run(*arguments, **environment):
 
 
 # Scores and thresholds
-
-
-def test_thresholds_keep_the_rate_and_are_the_lowest_that_do():
-    scores = np.random.default_rng(0).standard_normal(5000).round(2)  # many are equal
-    for entry in calibrate(scores, rates=(0.001, 0.01, 0.3)):
-        threshold = entry["threshold"]
-        assert np.mean(scores >= threshold) <= entry["false_accept_rate"]
-        highest_rejected = scores[scores < threshold].max()
-        assert np.mean(scores >= highest_rejected) > entry["false_accept_rate"]
-
-
-def test_a_rate_that_the_scores_cannot_show_is_refused():
-    refused("0.001 needs at least 1000 comparisons of different speakers, but got 999", calibrate, np.zeros(999))
-    assert len(calibrate(np.zeros(1000))) == 3
-    refused("above 0 and below 1, but got 1", calibrate, np.zeros(9), rates=[1])
-    refused("finite", calibrate, np.array([np.nan]))
 
 
 def test_scores_are_cosines_with_the_mean_of_normalised_embeddings(profiles):

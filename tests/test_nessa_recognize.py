@@ -20,7 +20,8 @@ from dsd_modules.separate import find_model
 from nessa_modules import recognize
 from nessa_modules.alignment import make_alignment
 from nessa_modules.encoder import SpeakerEncoder
-from nessa_modules.profiles import VoiceProfiles, calibrate
+from nessa_modules.profiles import VoiceProfiles
+from nessa_modules.trials import calibrate_thresholds
 from shared_modules.recordings import Recording
 
 RATE = 8000
@@ -226,7 +227,7 @@ def test_migrate(store, run):
     assert "2 of the 2 profiles in voices.db cannot be moved: they were made by model v1 (2)" in err[0]
 
 
-def test_calibrate(here, run):
+def test_calibrate(here, run, caplog):
     rows = [f"{number}-{take},{number},dev/{number}-{take}.wav" for number in range(9) for take in range(4)]
     for number in range(9):
         for take in range(4):
@@ -234,30 +235,34 @@ def test_calibrate(here, run):
     (here / "dev.csv").write_text("\n".join(["id,speaker,path", *rows]))
     out, _ = run("calibrate", "dev.csv", "--model", "old", "--json")
     known = json.loads(out[0])
-    assert known["comparisons"] == 9 * 8 * 4
-    assert [entry["false_accept_rate"] for entry in known["calibration"]] == [0.01, 0.05]
+    assert known["comparisons"] == 9 * 4 * 8 * 4  # profiles: each 3 of the 4 recordings
+    assert [entry["false_accept_rate"] for entry in known["calibration"]] == [0.001, 0.01, 0.05]
 
     def unit(vectors):
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
     embeddings = unit(np.stack([[V1.encode_recording(f"dev/{n}-{t}.wav") for t in range(4)] for n in range(9)]))
-    scores = [
-        unit(embeddings[one, :3].mean(0)) @ embedding
-        for one in range(9) for other in range(9) if one != other for embedding in embeddings[other]
+    trials = [
+        (unit(np.delete(embeddings[one], left_out, axis=0).mean(0)) @ embeddings[other, take], one == other)
+        for one in range(9) for left_out in range(4) for other in range(9) for take in range(4)
+        if one != other or take == left_out
     ]  # fmt: skip
-    expected = calibrate(np.array(scores), [0.01, 0.05])
-    assert [e["threshold"] for e in known["calibration"]] == pytest.approx([e["threshold"] for e in expected], abs=1e-5)
+    expected = calibrate_thresholds(*map(np.array, zip(*trials, strict=True)), [0.001, 0.01, 0.05])
+    for name in ("threshold", "false_reject_rate"):
+        got = [entry[name] for entry in known["calibration"]]
+        assert got == pytest.approx([entry[name] for entry in expected], abs=1e-5)
 
     run("enroll", "Ada", "ada", "--model", "old")
     out, _ = run("verify", "Ada", "ada/2.wav", "--model", "old")
-    assert out[0].endswith(f"threshold {expected[0]['threshold']:.3f}")
+    assert out[0].endswith(f"threshold {expected[1]['threshold']:.3f}")
     out, _ = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.2")
-    assert out[0] == "thresholds from 288 comparisons of different speakers:"
-    assert out[1].endswith("at a false-accept rate of 0.2")
+    assert out[0] == "thresholds from 1152 comparisons of different speakers:"
+    assert " at a false-accept rate of 0.2, which rejects " in out[1]
     assert VoiceProfiles("voices.db").describe()["false_accept_rate"] == 0.2
 
-    _, err = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.001", code=2)
-    assert err[0].startswith("error: A false-accept rate of 0.001 needs at least 1000 comparisons")
+    _, err = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.0001", code=2)
+    assert err == ["error: dev.csv has too few recordings for any threshold."]
+    assert "it needs at least 10000 comparisons of different speakers, but there are 1152." in caplog.text
     pair = ["--store", "two.db", "--alignment", "old-to-new", "--model", "new"]
     _, err = run("calibrate", "dev.csv", *pair, code=2)
     assert err == ["error: Profiles are to be made by model v1, but got v2: give it with --enroll_model."]
@@ -267,7 +272,10 @@ def test_calibrate(here, run):
     assert out[0].startswith("ada/2.wav: Ada: ")
     (here / "one.csv").write_text("\n".join(["id,speaker,path", rows[0]]))
     _, err = run("calibrate", "one.csv", "--model", "old", code=2)
-    assert err == ["error: A development set needs two speakers or more, but one.csv has 1."]
+    assert err == ["error: No speaker has more than 3 utterances, which a profile of num_enroll 3 needs."]
+    (here / "one.csv").write_text("\n".join(["id,speaker,path", *rows[:4]]))
+    _, err = run("calibrate", "one.csv", "--model", "old", code=2)
+    assert err[0].startswith("error: Target and non-target trials are both needed, of two speakers or more")
 
 
 @pytest.mark.parametrize(

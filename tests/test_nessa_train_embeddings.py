@@ -281,7 +281,7 @@ def test_a_broken_recording_is_named(broken, fault, script, tmp_path):
         ({"dev_csv": "null"}, "dev_csv is missing"),
         ({"train_csv": "no/such.csv"}, "train_csv no/such.csv does not exist"),
         ({"crop_seconds": 0.1}, "--crop_seconds can only be a number of at least 0.25, but got 0.1"),
-        ({"device": "cudo"}, "--device cudo cannot be used"),
+        ({"device": "cudo"}, "device can only be one of this machine, but got 'cudo'"),
         ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
     ],
 )

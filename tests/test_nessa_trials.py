@@ -145,22 +145,38 @@ def test_mistakes(call, message):
 
 def test_thresholds_keep_their_rates():
     scores, labels = gaussian_scores(300, 2000, 2.0)
+    others = scores[~labels]
     for row in calibrate_thresholds(scores, labels, (0.1, 0.05, 0.01, 0.001)):
         rate, threshold = row["false_accept_rate"], row["threshold"]
-        others = scores[~labels]
-        assert row["num_false_accepts"] == (others >= threshold).sum() == round(rate * 2000)
+        assert (others >= threshold).sum() == round(rate * 2000)
         lower = scores[scores < threshold].max()  # the next lower one would accept too many, or is a target's
         assert (others >= lower).sum() == round(rate * 2000) + 1
         assert row["false_reject_rate"] == (scores[labels] < threshold).mean()
         assert threshold == pytest.approx(stats.norm.isf(rate), abs=0.35)
 
 
+def test_thresholds_are_the_lowest_that_keep_the_rate_where_many_scores_are_equal():
+    scores = np.random.default_rng(0).standard_normal(5000).round(2)
+    labels = np.arange(5000) < 100
+    others = scores[~labels]
+    for row in calibrate_thresholds(scores, labels, (0.001, 0.01, 0.3)):
+        assert np.mean(others >= row["threshold"]) <= row["false_accept_rate"]
+        assert np.mean(others >= scores[scores < row["threshold"]].max()) > row["false_accept_rate"]
+
+
+def test_a_rate_that_the_trials_cannot_show_is_left_out(caplog):
+    labels = np.arange(1000) < 1  # 999 non-targets
+    rows = calibrate_thresholds(np.zeros(1000), labels, [0.001, 0.05])
+    assert [row["false_accept_rate"] for row in rows] == [0.05]
+    assert "rate of 0.001: it needs at least 1000 comparisons of different speakers, but there are 999" in caplog.text
+    assert len(calibrate_thresholds(np.zeros(1001), np.arange(1001) < 1, [0.001])) == 1
+
+
 def test_threshold_where_nobody_may_be_accepted():
-    """Among 10 non-targets 0.1 % is none; the best score is a non-target's, and the threshold lies above it."""
-    scores, labels = np.arange(15.0), np.arange(15) < 5
-    (row,) = calibrate_thresholds(scores, labels, [0.001])
-    assert row["num_false_accepts"] == 0
-    assert row["threshold"] > 14
+    """The best two scores are equal, and non-targets': one may be accepted, so that the threshold lies above both."""
+    scores, labels = np.minimum(np.arange(15.0), 13), np.arange(15) < 5
+    (row,) = calibrate_thresholds(scores, labels, [0.1])
+    assert row["threshold"] > 13
     assert row["false_reject_rate"] == 1
 
 

@@ -21,8 +21,9 @@ from test_model_folder import make_export
 
 from dsd_modules import separate
 from dsd_modules.inference import SepformerDSDSeparation
-from dsd_modules.separate import find_model, find_recordings, plan_outputs
+from dsd_modules.separate import find_model, plan_outputs
 from shared_modules.errors import RunError
+from shared_modules.recording_files import find_recordings
 
 RUN = [sys.executable, str(Path(__file__).parent / "separate_run.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

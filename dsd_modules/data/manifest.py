@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from shared_modules.files import write_whole
+from shared_modules.files import write_table
 
 # libsndfile shortens the data of a wav to what the file holds, and tells only in its log. Lengths near 2 GiB and
 # above stand for "unknown" in wavs that were written to a pipe.
@@ -164,10 +164,7 @@ def write_manifest(path, rows):
     rows : list of dict
         At least one, sorted by id; all have the same keys, ``ID`` and ``duration`` among them.
     """
-    with write_whole(path) as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, rows)
 
 
 def read_rows(path, kind):

@@ -31,15 +31,12 @@ from nessa_modules.alignment import load_alignment
 from nessa_modules.corpora import read_corpus
 from nessa_modules.embeddings import embed
 from nessa_modules.experiment import (
-    EXPECTED,
-    System,
     alignment_folder,
-    check_plan,
     load_encoder,
-    read_plan,
     read_sexes,
     run_experiment,
 )
+from nessa_modules.plan import EXPECTED, System, check_plan, read_plan
 from nessa_modules.report import write_figures, write_tables
 from shared_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
 from shared_modules.files import lock_folder

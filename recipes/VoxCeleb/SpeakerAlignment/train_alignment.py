@@ -7,23 +7,25 @@
 Every option stands, with its values, in hparams/alignment.yaml. The alignment is put into <output_folder>/alignment.
 """
 
-import csv
 import sys
 from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
-import torch
 from voxceleb_prepare import check_data, prepare_data
 
 from nessa_modules.alignment import ALIGNMENTS
 from nessa_modules.corpora import read_corpus, read_voxceleb_trials
 from nessa_modules.embeddings import embed
-from nessa_modules.experiment import NESSA_KINDS, fit_alignment, load_encoder
+from nessa_modules.experiment import fit_alignment, load_encoder
+from nessa_modules.options import DATA_OPTIONS
+from nessa_modules.plan import NESSA_KINDS
 from nessa_modules.report import LABELS, alignment_figure
 from nessa_modules.trials import SameSpace, calibrate_thresholds, make_trials, speaker_errors, trials_from_list
+from shared_modules.devices import find_device
 from shared_modules.errors import ends_in_one_sentence, mistakes_as_run_errors
-from shared_modules.files import lock_folder, write_whole
+from shared_modules.figures import save_figure
+from shared_modules.files import lock_folder, write_table
 from shared_modules.options import (
     BOOL,
     OPTIONAL_PATH,
@@ -46,28 +48,10 @@ EXPECTED = {
     "runtime_model": PATH,
     "device": PATH,
     "output_folder": PATH,
-    "data_folder": OPTIONAL_PATH,
+    **DATA_OPTIONS,
     "alignment_csv": OPTIONAL_PATH,
-    "dev_csv": OPTIONAL_PATH,
     "test_csv": OPTIONAL_PATH,
     "test_trials": OPTIONAL_PATH,
-    "synthetic_folder": PATH,
-    "skip_prep": BOOL,
-    "sample_rate": one_of(8000, 16000),
-    "speaker_shares": list_of(
-        lambda v: len(v) == 4 and all(isinstance(share, float) and share > 0 for share in v) and abs(sum(v) - 1) < 1e-6,
-        "a list of four numbers above 0 whose sum is 1 (training, alignment, dev, test)",
-    ),
-    "split_seed": whole(0, 2**32 - 1),
-    "min_seconds": number(lambda v: v > 0, "above 0"),
-    "segment_seconds": optional(number(lambda v: v > 0, "above 0")),
-    "synthetic_speakers": list_of(
-        lambda v: len(v) == 4 and all(type(size) is int and size >= 2 for size in v),
-        "a list of four whole numbers of at least 2 (training, alignment, dev, test)",
-    ),
-    "synthetic_utterances": whole(2),
-    "synthetic_conditions": number(lambda v: v >= 0, "of at least 0"),
-    "synthetic_seed": whole(0, 2**32 - 1),
     "alignment": one_of(*ALIGNMENTS),
     "hidden_size": whole(1),
     "max_profile": whole(1),
@@ -98,10 +82,7 @@ def check_options(options):
         if options[name] is None:
             raise ValueError(f"--{name} is missing: the folder of an exported model, or a name on the hub.")
     check_values(options, EXPECTED)
-    try:
-        torch.empty(0, device=options["device"])
-    except (AssertionError, RuntimeError) as error:  # torch raises either
-        raise ValueError(f"--device {options['device']} cannot be used: {str(error).splitlines()[0]}") from None
+    find_device(options["device"])
 
 
 def make_all_trials(options, utterances):
@@ -133,14 +114,6 @@ def score_all(kind, alignment, trials, embeddings, split):
     return {**scores, LABELS[kind]: trials.scores(alignment, enroll, runtime)}
 
 
-def write_csv(path, rows):
-    """Write a table, whole or not at all."""
-    with write_whole(path) as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def result_rows(split, errors):
     """The error rates of one split."""
     rows = []
@@ -154,10 +127,9 @@ def result_rows(split, errors):
 
 
 def threshold_rows(rates, scores, trials):
-    """The thresholds that dev gives, and what they do on test; rates of less than one false acceptance are left out."""
-    num_others = int((~trials["dev"].labels).sum())
+    """The thresholds that dev gives, and what they do on test."""
     rows = []
-    for row in calibrate_thresholds(scores["dev"], trials["dev"].labels, [r for r in rates if r * num_others >= 1]):
+    for row in calibrate_thresholds(scores["dev"], trials["dev"].labels, rates):
         is_target, is_accepted = trials["test"].labels, scores["test"] >= row["threshold"]
         rows.append(
             {
@@ -175,14 +147,13 @@ def report(options, rows, thresholds, curves, history):
     from torch.utils.tensorboard import SummaryWriter
 
     folder = Path(options["output_folder"])
-    write_csv(folder / "results.csv", rows)
+    write_table(folder / "results.csv", rows)
     if thresholds:
-        write_csv(folder / "thresholds.csv", thresholds)
+        write_table(folder / "thresholds.csv", thresholds)
     if history:
-        write_csv(folder / "history.csv", history)
+        write_table(folder / "history.csv", history)
     figure = alignment_figure(curves, history)
-    with write_whole(folder / "report.png", "wb") as stream:
-        figure.savefig(stream, format="png")
+    save_figure(figure, folder / "report.png")
     with SummaryWriter(str(folder / "tensorboard"), purge_step=0) as writer:
         for row in history:
             for name, value in row.items():
