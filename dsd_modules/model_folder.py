@@ -28,7 +28,7 @@ from shared_modules.model_files import (
     planned_class,
     read_plan,
     read_state,
-    read_yaml,
+    read_text_file,
     write_folder,
 )
 
@@ -405,7 +405,7 @@ def _build(plan, classes, where):
 def _read_modules(folder):
     """The modules of a folder without weights, and its sample rate."""
     path = folder / HPARAMS_FILE
-    text = read_yaml(path)
+    text = read_text_file(path)
     plan = _plan(text, path)
     sample_rate = plan.get("sample_rate", 8000)  # old published folders do not tell it
     if type(sample_rate) is not int or not 1 <= sample_rate <= MAX_SAMPLE_RATE:

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from shared_modules.files import write_whole
+from shared_modules.model_files import read_state, read_text_file
 
 ALIGNMENTS = ("none", "logit", "procrustes", "least_squares", "nessa", "nessa_runtime")
 
@@ -832,20 +833,14 @@ def load_alignment(folder):
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{folder} holds no alignment: {path.name}: {error.strerror}.") from None
-    except ValueError as error:  # no JSON, or no UTF-8
+        description = json.loads(read_text_file(path))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no alignment: {path.name} is missing.") from None
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no alignment's description: {error}.") from None
     alignment = _read_description(description, path)
     tensors_path = folder / _TENSORS_FILE.format(description["alignment_id"])
-    try:
-        tensors = torch.load(tensors_path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{folder} holds no whole alignment: {tensors_path.name}: {error.strerror}.") from None
-    except Exception as error:  # what is no such file can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{tensors_path} cannot be read as tensors: {reason}") from None
+    tensors = {name: tensor.detach() for name, tensor in read_state(tensors_path).items()}
     _check_tensors(alignment, tensors, tensors_path)
     if alignment.alignment_id != description["alignment_id"]:
         raise ValueError(
@@ -888,21 +883,18 @@ def _read_description(description, path):
 def _checked_calibration(calibration, where):
     entries = calibration if isinstance(calibration, list) else [calibration]
     for entry in entries:
-        values = list(entry.values()) if isinstance(entry, dict) else []
-        numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
-        is_entry = isinstance(entry, dict) and set(entry) == {"false_accept_rate", "threshold"} and len(numbers) == 2
-        if not (is_entry and 0 <= entry["false_accept_rate"] <= 1):
+        is_entry = isinstance(entry, dict) and set(entry) == {"false_accept_rate", "threshold"}
+        numbers = [v for v in entry.values() if type(v) in (int, float)] if is_entry else []
+        # Beyond 1 only by what keeps even a perfect match out.
+        if not (len(numbers) == 2 and 0 <= entry["false_accept_rate"] <= 1 and -1.1 <= entry["threshold"] <= 1.1):
             raise ValueError(f"{where} has a calibration that is no rate with its threshold: {entry!r}.")
     return entries
 
 
 def _check_tensors(alignment, tensors, path):
     """Give an alignment its tensors, if they fit its description."""
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and torch.is_tensor(tensor) and tensor.dtype in (torch.float32, torch.float64)
-        for name, tensor in tensors.items()
-    ):
-        raise ValueError(f"{path} can only hold named tensors of float32 or float64.")
+    if not all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors.values()):
+        raise ValueError(f"{path} can only hold tensors of float32 or float64.")
     alignment._tensors = tensors
     expected = alignment._expected_shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -913,6 +905,3 @@ def _check_tensors(alignment, tensors, path):
             f"{path} does not fit its description: {name} can only be {expected.get(name, 'missing')}, but got "
             f"{found.get(name, 'none')}."
         )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path} can only hold finite numbers, but {name} has others.")

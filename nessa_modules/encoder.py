@@ -36,7 +36,7 @@ from shared_modules.model_files import (
     planned_class,
     read_plan,
     read_state,
-    read_yaml,
+    read_text_file,
     tags,
     write_folder,
 )
@@ -236,7 +236,7 @@ class SpeakerEncoder:
         folder = find_folder(source, [MODEL_FILE], [CLASSIFIER_FILE, *LABEL_FILES])
         path = folder / HPARAMS_FILE
         try:
-            text = read_yaml(path)
+            text = read_text_file(path)
         except FileNotFoundError:
             raise ValueError(f"The model folder {folder} holds no {HPARAMS_FILE}.") from None
         plan = read_plan(text, path)

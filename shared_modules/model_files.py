@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode
 
 from shared_modules.files import flush_to_disk
 from shared_modules.options import is_hub_name
@@ -61,11 +62,14 @@ def read_plan(text, where):
         # The parser that resolve_references uses, so that both see the same tags: it would open the files of
         # !include: and call the functions of !applyref:.
         tree = YAML().compose(text)
+        if not isinstance(tree, MappingNode):
+            raise ValueError("it is no mapping of names to values")
         for tag in tags(tree):
             if not tag.startswith(PLAN_PREFIXES) and tag not in ("!ref", "!copy", *_PLAIN_TAGS):
                 raise ValueError(f"the tag {tag} is not allowed in a model folder")
         if _written_out(tree) > _MAX_YAML_BYTES:
             raise ValueError("its aliases and references, written out, are too long for a model's wiring")
+        _check_arithmetic(tree)
         plan = yaml.load(resolve_references(text), Loader=_PlanLoader)
     except Exception as error:  # a text from anywhere can fail in any way
         raise ValueError(f"{where} cannot be read: {error}.") from None
@@ -76,16 +80,39 @@ def read_plan(text, where):
 
 def tags(node):
     """The tag of every node."""
-    seen, nodes = set(), [node]
+    return (str(each.tag) for each in _nodes(node))
+
+
+def _nodes(tree):
+    """Every node of a YAML once."""
+    seen, nodes = set(), [tree]
     while nodes:
         node = nodes.pop()
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
-        yield str(node.tag)
+        yield node
         if isinstance(node.value, list):
             for child in node.value:
                 nodes.extend(child if isinstance(child, tuple) else (child,))
+
+
+def _check_arithmetic(tree):
+    """Refuse references that would be multiplied into something enormous: powers, and strings."""
+    top_level = {key.value: value for key, value in tree.value} if isinstance(tree.value, list) else {}
+
+    def is_number(node):
+        if node is None or isinstance(node.value, list):
+            return False
+        if node.tag != "!ref":
+            return re.fullmatch(r"[-+.\w]+", node.value) is not None
+        names, rest = re.findall(r"<([^<>]*)>", node.value), re.sub(r"<[^<>]*>", "", node.value)
+        is_plain = "**" not in node.value and re.fullmatch(r"[-+*/%().\s\d]*", rest)
+        return bool(is_plain) and all(is_number(top_level.get(name)) for name in names)
+
+    for node in _nodes(tree):
+        if node.tag == "!ref" and re.search(r"[*%]", str(node.value)) and not is_number(node):
+            raise ValueError(f"the arithmetic of {node.value!r} is not allowed in a model folder")
 
 
 def _written_out(tree):
@@ -183,7 +210,7 @@ def planned_class(plan, classes, where):
     return classes[tag.removeprefix("!new:")]
 
 
-def read_yaml(path):
+def read_text_file(path):
     """The bytes of a model's YAML. A pipe would be waited for, and what is large is none."""
     try:
         mode, num_bytes = path.stat().st_mode, path.stat().st_size

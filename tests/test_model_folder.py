@@ -504,6 +504,9 @@ def test_export_refuses_options_that_do_not_fit(tmp_path):
         ("# Parameters", "b0: &b0 [x, x]\n" + BOMB, "written out, are too long"),
         ("# Parameters", "a0: xxxxxxxxxx\n" + REFERENCES, "written out, are too long"),
         ("# Parameters", "a: &a [*a]", "written out, are too long"),
+        ("# Parameters", "a: !ref <kernel_size> ** 99999999", "the arithmetic of '<kernel_size> ** 99999999'"),
+        ("# Parameters", "a: '*99999999'\nb: !ref <kernel_size>*<a>", "the arithmetic of"),
+        ("# Parameters", "a: \"'x'\"\nb: !ref <a>\nc: !ref <b> * 999999999", "the arithmetic of '<b> * 999999999'"),
         ("# Parameters", "#" * 2**20, "up to 1048576 bytes"),
     ],
 )

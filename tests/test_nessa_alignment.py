@@ -406,7 +406,7 @@ def test_an_alignment_is_saved_only_fitted_and_with_its_models(tmp_path):
         ({"kind": ["none"]}, "unknown kind of alignment"),
         ({"format": 2}, "only be of format 1, but got 2"),
         ({"alignment_id": "../../etc/passwd"}, "16 hexadecimal digits"),
-        ({"alignment_id": "0" * 16}, "holds no whole alignment"),
+        ({"alignment_id": "0" * 16}, "holds no alignment-"),
         ({"enroll_model_id": ""}, "enroll_model_id in .* can only be the id of a model, but got ''"),
         ({"runtime_model_id": "another"}, "was changed since it was written"),
         ({"enroll_size": 9}, "only be"),
@@ -435,7 +435,7 @@ def test_what_is_no_description_is_refused(tmp_path, text):
 
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ValueError, match=r"holds no alignment: alignment\.json: No such file or directory"):
+        with pytest.raises(ValueError, match=r"holds no alignment: alignment\.json is missing"):
             load_alignment(folder)
 
 
@@ -450,10 +450,10 @@ def test_changed_tensors_are_refused(tmp_path, kind):
     for changed, match in (
         ({name: tensors[name] + 1}, "was changed since it was written"),
         ({name: tensors[name][:-1]}, r"does not fit its description: .* can only be \("),
-        ({name: tensors[name] * float("nan")}, "finite numbers, but runtime_matrix has others"),
-        ({name: tensors[name].int()}, "only hold named tensors"),
+        ({name: tensors[name] * float("nan")}, "NaN or infinite, first in runtime_matrix"),
+        ({name: tensors[name].int()}, "floating-point numbers"),
         ({"another": torch.ones(1)}, "another can only be missing"),
-        ({3: torch.ones(1)}, "only hold named tensors"),
+        ({3: torch.ones(1)}, "tensors by name"),
     ):
         torch.save(tensors | changed, path)
         with pytest.raises(ValueError, match=match):
@@ -463,8 +463,52 @@ def test_changed_tensors_are_refused(tmp_path, kind):
         load_alignment(tmp_path)
     for broken in (b"", b"no tensors", whole[:200], whole[: len(whole) // 2]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="cannot be read as tensors"):
+        with pytest.raises(ValueError, match="no checkpoint"):
             load_alignment(tmp_path)
+
+
+def test_files_that_are_none_or_too_large_are_refused(tmp_path):
+    alignment = fitted("procrustes")
+    alignment.save(tmp_path, "a", "b")
+    tensors = next(tmp_path.glob("*.pt"))
+    tensors.unlink()
+    os.mkfifo(tensors)
+    with pytest.raises(ValueError, match="holds no alignment-"):
+        load_alignment(tmp_path)
+    description = tmp_path / DESCRIPTION_FILE
+    for text in ("[" * 100_000, " " * 2**21):
+        description.write_text(text)
+        with pytest.raises(ValueError, match=r"alignment\.json"):
+            load_alignment(tmp_path)
+    description.unlink()
+    os.mkfifo(description)
+    with pytest.raises(ValueError, match="can only be a file"):
+        load_alignment(tmp_path)
+
+
+def test_tensors_that_are_expanded_or_parameters(tmp_path):
+    alignment = fitted("procrustes")
+    alignment.save(tmp_path, "a", "b")
+    path = next(tmp_path.glob("*.pt"))
+    tensors = torch.load(path, weights_only=True)
+    matrix = tensors["runtime_matrix"]
+    torch.save(tensors | {"runtime_matrix": torch.nn.Parameter(matrix)}, path)
+    assert load_alignment(tmp_path).alignment_id == alignment.alignment_id
+    torch.save(tensors | {"runtime_matrix": torch.ones(1, 1).expand(matrix.shape)}, path)
+    with pytest.raises(ValueError, match="larger than what the file holds"):
+        load_alignment(tmp_path)
+
+
+@pytest.mark.parametrize("threshold", [-10, 2.5, 10**400, float("nan"), True, "0.5"])
+def test_a_threshold_that_is_no_cosine_is_refused(tmp_path, threshold):
+    alignment = fitted("procrustes")
+    alignment.save(tmp_path, "a", "b")
+    path = tmp_path / DESCRIPTION_FILE
+    description = json.loads(path.read_text())
+    description["calibration"] = [{"false_accept_rate": 0.01, "threshold": threshold}]
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="no rate with its threshold"):
+        load_alignment(tmp_path)
 
 
 class _Trap:
@@ -479,14 +523,14 @@ def test_tensors_that_would_run_code_are_refused(tmp_path, monkeypatch):
     alignment.save(tmp_path, "a", "b")
     path = tmp_path / f"alignment-{alignment.alignment_id}.pt"
     torch.save({"runtime_matrix": _Trap()}, path)
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         load_alignment(tmp_path)
     path.write_bytes(pickle.dumps(_Trap()))
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         load_alignment(tmp_path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(_Trap()))
         archive.writestr("archive/version", "3\n")
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         load_alignment(tmp_path)
     assert not (tmp_path / "trap").exists()
