@@ -301,6 +301,8 @@ class Alignment:
         Dx, Dy, and the dimension Dz of the space where scores are computed; None before the fit.
     details : dict
         What the fit chose and found, as numbers and strings.
+    history : list of dict
+        Where the fit trained: ``step`` and ``held_out_cost``, the cost of held-out speakers. Not saved.
     enroll_model_id, runtime_model_id : str or None
         The models whose embeddings are aligned, once saved.
     calibration : list of dict
@@ -313,6 +315,7 @@ class Alignment:
         self.enroll_size = self.runtime_size = self.size = None
         self.enroll_model_id = self.runtime_model_id = None
         self.details = {}
+        self.history = []
         self.calibration = []
         self._tensors = {}
 

@@ -69,11 +69,13 @@ def network(tensors, side, embeddings, dropout=0.0, generator=None):
     if f"{side}_matrix" not in tensors:
         return embeddings
     matrix, offset, hidden_matrix, hidden_offset, output_matrix = (tensors[f"{side}_{part}"] for part in _PARTS)
-    hidden = torch.relu(embeddings @ hidden_matrix + hidden_offset)  # (.., H)
+    rows = embeddings.reshape(-1, embeddings.shape[-1])  # (.., D) -> (K, D): addmm is one operation
+    hidden = torch.addmm(hidden_offset, rows, hidden_matrix).relu()  # (K, H)
     if dropout:
         kept = torch.rand(hidden.shape, generator=generator) >= dropout
         hidden = hidden * kept / (1 - dropout)
-    return functional.normalize(embeddings @ matrix + offset + hidden @ output_matrix, dim=-1)  # (.., Dz)
+    mapped = torch.addmm(torch.addmm(offset, rows, matrix), hidden, output_matrix)  # (K, Dz)
+    return functional.normalize(mapped, dim=-1).reshape(*embeddings.shape[:-1], -1)
 
 
 def contrastive_loss(profiles, utterances, log_scale):
@@ -565,6 +567,7 @@ class Nessa(Alignment):
         return {"both": maps}
 
     def _fit(self, pairs):
+        self.history = []
         folds = self._folds(pairs)
         start, cost = self._choose_start(folds[: _needed_folds(_CHOICE_SPEAKERS, pairs)])
         details = {"start": [*start[0], start[1]], "start_cost": cost, "steps": 0, "cost": cost}
@@ -618,6 +621,7 @@ class Nessa(Alignment):
             if len(costs) - 1 - costs.index(min(costs)) >= _PATIENCE:
                 break
         best = costs.index(min(costs))
+        self.history = [{"step": number * _INTERVAL, "held_out_cost": cost} for number, cost in enumerate(costs)]
         return {"steps": best * _INTERVAL, "start_cost": costs[0], "cost": costs[best]}
 
 

@@ -176,8 +176,13 @@ def read_plan(path):
         if not isinstance(model, dict) or "hparams" not in model or not set(model) <= known:
             raise ValueError(f"{path}: {version} must have hparams, and may have options and share_of_speakers.")
         content[version] = ModelPlan(**{**model, "options": model.get("options") or {}})
-        if not 0 < content[version].share_of_speakers <= 1:
-            raise ValueError(f"{path}: share_of_speakers of {version} must be above 0, up to 1.")
+        hparams, options, share = (getattr(content[version], each.name) for each in dataclasses.fields(ModelPlan))
+        if not isinstance(hparams, str) or Path(hparams).name != hparams or not hparams.endswith(".yaml"):
+            raise ValueError(f"{path}: hparams of {version} can only name a YAML of the recipe, but got {hparams!r}.")
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise ValueError(f"{path}: options of {version} can only be names with values, but got {options!r}.")
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise ValueError(f"{path}: share_of_speakers of {version} must be above 0, up to 1, but got {share!r}.")
     if isinstance(content.get("alignments"), dict):
         content["alignments"] = {kind: options or {} for kind, options in content["alignments"].items()}
     plan = Plan(name=Path(path).stem, **content)

@@ -2,10 +2,14 @@
 
 import contextlib
 import errno
+import json
+import math
+import numbers
 import os
 import sqlite3
 import stat
 import threading
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -30,7 +34,20 @@ _STORE_FIELDS = (
     "enroll_model_id, runtime_model_id, alignment_id, calibration, false_accept_rate, num_changes, num_removals, "
     "has_traces"
 )
+_MAX_CHANGES = 2**62  # far from what SQLite can count to
+_MAX_EMBEDDING_SIZE = 2**20
 Store = namedtuple("Store", _STORE_FIELDS)
+
+_files = weakref.WeakSet()
+
+
+def _renew_locks():
+    """In a forked child: no thread is there that would let go of them."""
+    for file in list(_files):
+        file.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 class ProfileFile:
@@ -60,6 +77,7 @@ class ProfileFile:
         self.identity = None  # of the file that is open: another one may be moved to its path
         self._connection = self._process = None
         self._inherited = []  # connections from before a fork, which the child may not even close
+        _files.add(self)
 
     def close(self):
         """Close the connection; the next transaction opens one again."""
@@ -110,7 +128,7 @@ class ProfileFile:
         Arguments
         ---------
         new_store : callable, optional
-            Gives the fields of a store that is not there yet, by name. None: such a store is refused.
+            Gives the :class:`Store` where there is none yet. None: such a store is refused.
 
         Yields
         ------
@@ -133,17 +151,24 @@ class ProfileFile:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
         with self.transaction(writes=True) as connection:
+            if connection is None:
+                reason = "it is a link to a file that is not there, or was removed meanwhile"
+                raise FileNotFoundError(errno.ENOENT, reason, str(self.path))
             store = self.read_store(connection)
             if store is None:  # still: another process may have been quicker
-                fields = {"id": 1, **new_store(), "num_changes": 0, "num_removals": 0, "has_traces": 0}
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {_FORMAT}")
                 for statement in _SCHEMA:
                     connection.execute(statement)
-                connection.execute(f"INSERT INTO store VALUES ({', '.join(f':{f}' for f in fields)})", fields)
-                store = self.read_store(connection)
+                store = new_store()
+                self.write_store(connection, store)
             yield connection, store
             connection.execute("UPDATE store SET num_changes = num_changes + 1")
+
+    def write_store(self, connection, store):
+        """Replace the settings of the store, in a transaction that writes."""
+        values = (1, *store._replace(calibration=json.dumps(store.calibration)))
+        connection.execute(f"REPLACE INTO store VALUES ({', '.join('?' * len(values))})", values)
 
     def overwrite_traces(self):
         """Write the file anew, so that nothing of what was deleted is left in the gaps of its pages."""
@@ -198,7 +223,7 @@ class ProfileFile:
         return connection
 
     def read_store(self, connection):
-        """The settings of the store.
+        """The settings of the store, after a look at whatever can be wrong in the file and does not grow with it.
 
         Arguments
         ---------
@@ -208,12 +233,12 @@ class ProfileFile:
         Returns
         -------
         Store or None
-            None where there is no store yet.
+            None where there is no store yet. Its calibration is a list.
 
         Raises
         ------
         ValueError
-            If the file is something else.
+            If the file is something else, or damaged.
         """
         if connection is None:
             return None
@@ -233,7 +258,38 @@ class ProfileFile:
         row = connection.execute(f"SELECT {_STORE_FIELDS} FROM store").fetchone()
         if row is None:
             raise self.damaged("it lacks its settings")
-        return Store(*row)
+        store = self._checked_settings(Store(*row))
+        models = connection.execute("SELECT model_id, embedding_size FROM model").fetchall()
+        for model_id, size in models:
+            if not isinstance(model_id, str) or not isinstance(size, int) or not 0 < size <= _MAX_EMBEDDING_SIZE:
+                raise self.damaged(f"it has embeddings of size {size!r:.40} of model {model_id!r:.40}")
+        if not models and connection.execute("SELECT 1 FROM profile LIMIT 1").fetchone():
+            raise self.damaged("it has profiles, but no models")
+        # SQLite's order is numbers, texts, bytes, and both columns have an index: the ends tell of all between them.
+        for column, is_right in (
+            ("name", lambda name: isinstance(name, str)),
+            ("change", lambda change: isinstance(change, int) and 0 < change <= store.num_changes),
+        ):
+            for end in ("ASC", "DESC"):
+                row = connection.execute(f"SELECT {column} FROM profile ORDER BY {column} {end} LIMIT 1").fetchone()
+                if row is not None and not is_right(row[0]):
+                    raise self.damaged(f"the {column} of a profile is {row[0]!r:.40}")
+        return store
+
+    def _checked_settings(self, store):
+        try:
+            calibration = checked_calibration(json.loads(store.calibration), "calibration")
+        except (TypeError, ValueError, RecursionError):
+            raise self.damaged("its thresholds cannot be read") from None
+        is_text = [isinstance(id_, str) for id_ in (store.enroll_model_id, store.runtime_model_id)]
+        counts = store.num_changes, store.num_removals
+        if not all(is_text) or not isinstance(store.alignment_id, str | None):
+            raise self.damaged("its models or alignment are not texts")
+        if not isinstance(store.false_accept_rate, float) or not 0 < store.false_accept_rate < 1:
+            raise self.damaged(f"its false-accept rate is {store.false_accept_rate!r:.40}")
+        if not all(isinstance(n, int) and 0 <= n < _MAX_CHANGES for n in counts) or store.has_traces not in (0, 1):
+            raise self.damaged("it does not tell how often it was changed")
+        return store._replace(calibration=calibration)
 
     def damaged(self, reason):
         """The exception that says so."""
@@ -262,3 +318,59 @@ class ProfileFile:
             if number is None:
                 raise
             raise OSError(number, reason, str(self.path)) from error
+
+
+def checked_rate(rate):
+    """A false-accept rate as a float.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Example
+    -------
+    >>> checked_rate(0.01)
+    0.01
+    """
+    if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
+        raise ValueError(f"false_accept_rate can only be a number above 0 and below 1, but got {rate!r}.")
+    return float(rate)
+
+
+def checked_calibration(entries, what):
+    """Thresholds, in order of their rates.
+
+    Arguments
+    ---------
+    entries : list of dict
+        Each with a ``false_accept_rate`` and a ``threshold``; whatever else they hold is left out.
+    what : str
+        Whose they are, for the sentence.
+
+    Returns
+    -------
+    list of dict
+
+    Raises
+    ------
+    ValueError
+        If they are none.
+
+    Example
+    -------
+    >>> checked_calibration([{"false_accept_rate": 0.01, "threshold": 0.5, "false_reject_rate": 0.1}], "mine")
+    [{'false_accept_rate': 0.01, 'threshold': 0.5}]
+    """
+    try:
+        if not isinstance(entries, list | tuple):
+            raise TypeError
+        pairs = sorted((float(entry["false_accept_rate"]), float(entry["threshold"])) for entry in entries)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(
+            f"{what} can only be a list of entries with a false_accept_rate and a threshold, but got {entries!r}."
+        ) from None
+    for rate, threshold in pairs:
+        if not 0 < rate < 1 or not math.isfinite(threshold):
+            raise ValueError(f"{what} has a false-accept rate of {rate!r} at a threshold of {threshold!r}.")
+    return [{"false_accept_rate": rate, "threshold": threshold} for rate, threshold in pairs]

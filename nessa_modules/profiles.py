@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nessa_modules.profile_file import ProfileFile, Store
+from nessa_modules.profile_file import ProfileFile, Store, checked_calibration, checked_rate
 
 DEFAULT_FALSE_ACCEPT_RATE = 0.01
 
 _CHUNK = 2**12  # profiles that are read and mapped at a time
 _SILENT_DB = -40.0  # of a voice, to the loudest of its mixture
+_NO_FIT = "its tables do not fit each other"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class VoiceProfiles:
     calibration : list of dict, optional
         Thresholds for a new store, from :func:`nessa_modules.trials.calibrate_thresholds`. None: the alignment's.
     false_accept_rate : float, optional
-        Which of the thresholds counts, unless a call says otherwise. None: the store's, 0.01 for a new one.
+        Which of the thresholds counts, unless a call says otherwise. None: the store's; for a new one 0.01, or if it
+        has no threshold for that the lowest rate.
     must_exist : bool
         Refuse a path where there is no store yet.
 
@@ -186,8 +188,8 @@ class VoiceProfiles:
         self.alignment = alignment
         self._enroller, self._recogniser = encoder if isinstance(encoder, tuple | list) else (encoder, encoder)
         self._check_encoders()
-        self._calibration = None if calibration is None else _checked_calibration(calibration, "calibration")
-        self._rate = false_accept_rate
+        self._calibration = None if calibration is None else checked_calibration(calibration, "calibration")
+        self._rate = None if false_accept_rate is None else checked_rate(false_accept_rate)
         self._file = ProfileFile(path)
         self._loaded = None
         with self._file.transaction() as connection:
@@ -227,14 +229,16 @@ class VoiceProfiles:
             if store is None:
                 return None
             rows = connection.execute(
-                "SELECT name, count(*), group_concat(DISTINCT model_id) FROM profile "
-                "JOIN recording ON recording.profile = profile.id JOIN model ON model.id = recording.model "
+                "SELECT name, count(*), group_concat(DISTINCT model_id), count(*) - count(model_id) FROM profile "
+                "LEFT JOIN recording ON recording.profile = profile.id LEFT JOIN model ON model.id = recording.model "
                 "GROUP BY profile.id ORDER BY name"
-            )
-            found = [{"name": n, "recordings": count, "models": sorted(ids.split(","))} for n, count, ids in rows]
+            ).fetchall()
+            if any(missing for *_, missing in rows):
+                raise self._file.damaged(_NO_FIT)
+            found = [{"name": n, "recordings": count, "models": sorted(ids.split(","))} for n, count, ids, _ in rows]
         fields = ("enroll_model_id", "runtime_model_id", "alignment_id", "false_accept_rate")
         known = {field: getattr(store, field) for field in fields}
-        return {**known, "calibration": json.loads(store.calibration), "profiles": found}
+        return {**known, "calibration": store.calibration, "profiles": found}
 
     def enroll(self, name, recordings, add=False):
         """Make a profile from recordings of one person. All of them are kept, or none.
@@ -469,7 +473,8 @@ class VoiceProfiles:
         """Move the whole store to another runtime model, without any audio: in one step, or not at all.
 
         The embeddings stay as they are; from now on they are compared through the alignment. Each must have been made
-        by one of the alignment's two models; people can be enrolled with either of them from then on.
+        by one of the alignment's two models; people can be enrolled with either of them from then on. Where the store
+        is moved to what it has already, its thresholds stay, unless others are given.
 
         Arguments
         ---------
@@ -481,7 +486,13 @@ class VoiceProfiles:
         calibration : list of dict, optional
             Thresholds, from :func:`nessa_modules.trials.calibrate_thresholds`. None: those of the alignment.
         false_accept_rate : float, optional
-            Which of them counts. None: the store's.
+            Which of them counts. None: the store's where there is a threshold for it, else 0.01, or if there is none
+            for that the lowest.
+
+        Returns
+        -------
+        bool
+            Whether anything was changed.
 
         Raises
         ------
@@ -501,17 +512,16 @@ class VoiceProfiles:
         moved = copy.copy(self)  # on the same file
         moved.alignment, moved._enroller, moved._recogniser = alignment, encoder, encoder
         moved._check_encoders()
-        moved._calibration = None if calibration is None else _checked_calibration(calibration, "calibration")
-        moved._rate = false_accept_rate
+        moved._calibration = None if calibration is None else checked_calibration(calibration, "calibration")
+        moved._rate = None if false_accept_rate is None else checked_rate(false_accept_rate)
         with self._file.writing() as (connection, store):
-            if false_accept_rate is None:
-                moved._rate = store.false_accept_rate
-            fields = moved._new_store()
             models = moved._known_models()
             counts = connection.execute(
-                "SELECT model_id, embedding_size, count(DISTINCT profile) FROM recording JOIN model "
+                "SELECT model_id, embedding_size, count(DISTINCT profile) FROM recording LEFT JOIN model "
                 "ON model.id = recording.model GROUP BY model_id ORDER BY model_id"
             ).fetchall()
+            if any(model_id is None for model_id, _, _ in counts):
+                raise self._file.damaged(_NO_FIT)
             strangers = [f"model {model_id} ({count})" for model_id, _, count in counts if model_id not in models]
             if strangers:
                 total = connection.execute("SELECT count(*) FROM profile").fetchone()[0]
@@ -527,10 +537,17 @@ class VoiceProfiles:
                 )
             for model_id, size, _ in counts:
                 moved._map(model_id, np.eye(1, size, dtype=np.float32))  # refuses a size that does not fit
-            assignments = ", ".join(f"{field} = :{field}" for field in fields)
-            connection.execute(f"UPDATE store SET {assignments}", fields)
+            if calibration is None and moved._ids() == store[:3]:
+                moved._calibration = store.calibration
+            new = moved._new_store(store.false_accept_rate)
+            if false_accept_rate is not None:
+                _find_threshold(new.calibration, false_accept_rate, self.path)
+            new = Store(*new[:5], *store[5:])
+            if new != store:
+                self._file.write_store(connection, new)
         self.alignment, self._enroller, self._recogniser = alignment, encoder, encoder
         self._calibration, self._rate, self._loaded = moved._calibration, None, None
+        return new != store
 
     def set_calibration(self, calibration, false_accept_rate=None):
         """Replace the thresholds; a store that is not there yet is created without profiles.
@@ -540,7 +557,8 @@ class VoiceProfiles:
         calibration : list of dict
             From :func:`nessa_modules.trials.calibrate_thresholds`, with scores of this store's models and alignment.
         false_accept_rate : float, optional
-            Which of them counts. None: the store's.
+            Which of them counts. None: the store's where there is a threshold for it, else 0.01, or if there is none
+            for that the lowest.
 
         Raises
         ------
@@ -549,12 +567,15 @@ class VoiceProfiles:
         OSError
             If the file cannot be written.
         """
-        entries = _checked_calibration(calibration, "calibration")
+        entries = checked_calibration(calibration, "calibration")
+        if false_accept_rate is not None:
+            _find_threshold(entries, false_accept_rate, self.path)
         with self._file.writing(self._new_store) as (connection, store):
             self._check_alignment(store)
-            rate = false_accept_rate if false_accept_rate is not None else store.false_accept_rate
-            _find_threshold(entries, rate, self.path)
-            connection.execute("UPDATE store SET calibration = ?, false_accept_rate = ?", (json.dumps(entries), rate))
+            rate = _counting_rate(entries, store.false_accept_rate)
+            if false_accept_rate is not None:
+                rate = checked_rate(false_accept_rate)
+            self._file.write_store(connection, store._replace(calibration=entries, false_accept_rate=rate))
 
     def close(self):
         """Close the file. The next call opens it again."""
@@ -633,7 +654,7 @@ class VoiceProfiles:
             raise ValueError("Recognising needs an encoder, but got none.")
         store = self._file.read_store(connection)
         if store is None:
-            store = Store(**self._new_store(), num_changes=0, num_removals=0, has_traces=0)
+            store = self._new_store()
         self._check_alignment(store)
         if self._recogniser.model_id != store.runtime_model_id:
             raise ValueError(
@@ -642,28 +663,27 @@ class VoiceProfiles:
             )
         return store
 
-    def _new_store(self):
-        """The fields of a store of this object's models, by name."""
+    def _new_store(self, preferred_rate=DEFAULT_FALSE_ACCEPT_RATE):
+        """A store of this object's models."""
         entries = self._calibration
         if entries is None:
-            entries = _checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
-        rate = DEFAULT_FALSE_ACCEPT_RATE if self._rate is None else self._rate
+            entries = checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
+        rate = _counting_rate(entries, preferred_rate) if self._rate is None else self._rate
         if entries:
             _find_threshold(entries, rate, self.path)
-        alignment, encoder = self.alignment, self._enroller
-        return {
-            "enroll_model_id": encoder.model_id if alignment is None else alignment.enroll_model_id,
-            "runtime_model_id": encoder.model_id if alignment is None else alignment.runtime_model_id,
-            "alignment_id": None if alignment is None else alignment.alignment_id,
-            "calibration": json.dumps(entries),
-            "false_accept_rate": rate,
-        }
+        return Store(*self._ids(), entries, rate, num_changes=0, num_removals=0, has_traces=0)
+
+    def _ids(self):
+        """Of the enrollment model, the runtime model and the alignment of a store of this object's models."""
+        if self.alignment is None:
+            return self._enroller.model_id, self._enroller.model_id, None
+        return self.alignment.enroll_model_id, self.alignment.runtime_model_id, self.alignment.alignment_id
 
     def _threshold(self, store, rate):
         """The threshold for a rate, and the rate."""
-        entries = _checked_calibration(json.loads(store.calibration), str(self.path))
+        entries = store.calibration
         if not entries and self.alignment is not None:  # it was calibrated after the store was made
-            entries = _checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
+            entries = checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
         for preferred in (rate, self._rate, store.false_accept_rate):
             if preferred is not None:
                 return _find_threshold(entries, preferred, self.path), preferred
@@ -764,8 +784,10 @@ class VoiceProfiles:
         ).fetchall()
         models = {number: (id_, size) for number, id_, size in connection.execute("SELECT * FROM model")}
         if len(names) != len(numbers) or any(model not in models for _, model, _ in rows):
-            raise self._file.damaged("its tables do not fit each other")
+            raise self._file.damaged(_NO_FIT)
         places = np.searchsorted(numbers, np.fromiter((row[0] for row in rows), np.int64, len(rows)))  # [R]
+        if not np.bincount(places, minlength=len(numbers)).all():
+            raise self._file.damaged("a profile has no recordings")
         made_by = np.fromiter((row[1] for row in rows), np.int64, len(rows))  # [R]
         total = 0.0
         for model in np.unique(made_by):
@@ -894,21 +916,17 @@ def _checked_name(name):
     return unicodedata.normalize("NFC", name)
 
 
-def _checked_calibration(entries, what):
-    """The entries, in order of their rates."""
-    try:
-        pairs = sorted((float(entry["false_accept_rate"]), float(entry["threshold"])) for entry in entries)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"{what} can only be a list of entries with a false_accept_rate and a threshold, but got {entries!r}."
-        ) from None
-    for rate, threshold in pairs:
-        if not 0 < rate < 1 or not math.isfinite(threshold):
-            raise ValueError(f"{what} has a false-accept rate of {rate!r} at a threshold of {threshold!r}.")
-    return [{"false_accept_rate": rate, "threshold": threshold} for rate, threshold in pairs]
+def _counting_rate(entries, preferred):
+    """The preferred rate where there is a threshold for it, else the default one, else the lowest there is."""
+    for rate in (preferred, DEFAULT_FALSE_ACCEPT_RATE):
+        for entry in entries:
+            if math.isclose(entry["false_accept_rate"], rate, rel_tol=1e-6):
+                return entry["false_accept_rate"]
+    return entries[0]["false_accept_rate"] if entries else preferred
 
 
 def _find_threshold(entries, rate, path):
+    rate = checked_rate(rate)
     for entry in entries:
         if math.isclose(entry["false_accept_rate"], rate, rel_tol=1e-6):
             return entry["threshold"]

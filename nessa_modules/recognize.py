@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,7 +60,10 @@ def main(argv=None):
     >>> main(["list", "--store", "no/such/file"])
     2
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "separator", None) is not None and not arguments.mixture:
+        parser.error("--separator can only be given with --mixture")
     try:
         return arguments.command(arguments)
     except BrokenPipeError:  # nobody reads on, as with `| head`
@@ -179,14 +183,14 @@ def _migrate(arguments):
     alignment, encoder = _load_alignment(arguments), None
     if arguments.model is not None:
         encoder = _load_encoder(arguments.model, arguments.device)
-    profiles.migrate(alignment, encoder, false_accept_rate=arguments.false_accept_rate)
+    is_changed = profiles.migrate(alignment, encoder, false_accept_rate=arguments.false_accept_rate)
     known = profiles.describe()
     count, model = len(known["profiles"]), known["runtime_model_id"]
-    _tell(
-        arguments,
-        {"store": str(arguments.store), "runtime_model_id": model, "alignment_id": known["alignment_id"]},
-        f"{count} profile{'s' if count != 1 else ''} moved: recordings are recognised with model {model} from now on",
-    )
+    line = f"{count} profile{'s' if count != 1 else ''} moved: recordings are recognised with model {model} from now on"
+    if not is_changed:
+        line = f"nothing changed: {arguments.store} has these models and this alignment already"
+    known = {field: known[field] for field in ("runtime_model_id", "alignment_id", "false_accept_rate", "calibration")}
+    _tell(arguments, {"store": str(arguments.store), **known, "is_changed": is_changed}, line)
     if not known["calibration"]:
         print("note: there is no threshold yet: use calibrate", file=sys.stderr)
     return 0
@@ -194,7 +198,7 @@ def _migrate(arguments):
 
 def _calibrate(arguments):
     from nessa_modules.corpora import read_corpus
-    from nessa_modules.profiles import DEFAULT_FALSE_ACCEPT_RATE, VoiceProfiles
+    from nessa_modules.profiles import VoiceProfiles
     from nessa_modules.trials import SameSpace, calibrate_thresholds, make_trials
 
     utterances = read_corpus(arguments.corpus, segment_seconds=arguments.segment_seconds)
@@ -216,18 +220,17 @@ def _calibrate(arguments):
     rows = calibrate_thresholds(scores, trials.labels, sorted(set(arguments.rates)))
     if not rows:
         raise RunError(f"{arguments.corpus} has too few recordings for any threshold.")
-    rate = arguments.false_accept_rate
-    if rate is None and all(row["false_accept_rate"] != DEFAULT_FALSE_ACCEPT_RATE for row in rows):
-        rate = rows[0]["false_accept_rate"]
-    profiles.set_calibration(rows, rate)
+    profiles.set_calibration(rows, arguments.false_accept_rate)
+    rate = profiles.describe()["false_accept_rate"]
     count = int((~trials.labels).sum())
     lines = [
         f"  {row['threshold']:.3f} at a false-accept rate of {row['false_accept_rate']:g}, which rejects "
         f"{100 * row['false_reject_rate']:.1f} % of the true speakers' recordings"
         for row in rows
     ]
-    known = {"store": str(arguments.store), "comparisons": count, "calibration": rows}
-    _tell(arguments, known, "\n".join([f"thresholds from {count} comparisons of different speakers:", *lines]))
+    known = {"store": str(arguments.store), "comparisons": count, "calibration": rows, "false_accept_rate": rate}
+    default = f"the one at {rate:g} counts, unless --false_accept_rate says otherwise"
+    _tell(arguments, known, f"thresholds from {count} comparisons of different speakers:", *lines, default)
     return 0
 
 
@@ -340,8 +343,8 @@ def _device(device):
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tell(arguments, known, line):
-    print(json.dumps(known, ensure_ascii=False) if arguments.json else "\n".join(map(printable, line.split("\n"))))
+def _tell(arguments, known, *lines):
+    print(json.dumps(known, ensure_ascii=False) if arguments.json else "\n".join(map(printable, lines)))
 
 
 def _write(line):
@@ -361,6 +364,11 @@ def _fault(error):
     if isinstance(error, RuntimeError | MemoryError):  # out of memory, or a bug
         return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
     return str(error)
+
+
+def _name(text):
+    """A name as the store keeps it."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _share(text):
@@ -413,7 +421,7 @@ def _parser():
         "recordings", nargs="+", metavar="RECORDING", help="audio files, folders of them, or - for standard input"
     )
     person = argparse.ArgumentParser(add_help=False)
-    person.add_argument("name", metavar="NAME", help="of the person")
+    person.add_argument("name", type=_name, metavar="NAME", help="of the person")
 
     enroll = add(
         "enroll",
@@ -446,7 +454,7 @@ def _parser():
         [],
         "Forget people. The whole file is written anew, so that nothing of them is left in it: name many at once.",
     )
-    remove.add_argument("names", nargs="+", metavar="NAME", help="of a person")
+    remove.add_argument("names", nargs="+", type=_name, metavar="NAME", help="of a person")
     add("list", _list, "show the models, thresholds and profiles of a store", [])
     add(
         "migrate",

@@ -286,6 +286,8 @@ def test_a_long_recording_is_embedded_in_pieces():
     ("recording", "sentence"),
     [
         ((np.zeros(8000, np.float32), RATE), "^the recording is silent"),
+        ((np.full(16000, 0.5, np.float32), RATE), "^the recording is silent"),
+        ((np.full(88200, 0.5, np.float32), 44100), "^the recording is silent"),  # resampled, its ends ring
         ((speech(0.1), RATE), r"^the recording is too short: .* at least 0.25 s, but got 0.100 s"),
         ((np.full(8000, np.nan, np.float32), RATE), "^the recording holds samples that are NaN"),
         ((np.zeros((0,), np.float32), RATE), r"^the recording can only be samples .* got shape \[0\]"),
@@ -498,6 +500,14 @@ def test_a_folder_without_classifier_or_names_is_enough(exported, tmp_path):
     encoder = SpeakerEncoder.from_hparams(folder)
     assert encoder.classifier_weight is None
     assert encoder.model_id == exported[1].model_id
+
+
+def test_a_list_of_speakers_that_is_too_long(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    with (folder / "label_encoder.ckpt").open("a") as file:
+        file.write("\n" * 2**21)
+    with pytest.raises(ValueError, match=r"label_encoder.ckpt can only be a file of up to 2097152 bytes"):
+        SpeakerEncoder.from_hparams(folder)
 
 
 def test_a_folder_of_something_else_is_not_replaced(exported, tmp_path):

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -28,6 +30,8 @@ from nessa_modules.experiment import (
     shared_classifier,
     subset_of_speakers,
 )
+from nessa_modules.nessa import Nessa
+from nessa_modules.options import DATA_OPTIONS, read_options
 from nessa_modules.plan import CONTROLS, NEW, OLD, PAIRS, ModelPlan, Plan, System, read_plan, systems_of
 from nessa_modules.report import LABELS, summary
 from nessa_modules.trainings import Training, train_models
@@ -265,8 +269,9 @@ def test_splits_share_no_speaker(plan, tmp_path, sources):
         half = {row["speaker"] for row in csv.DictReader(stream)}
     assert half < speakers["train"]
     assert len(half) == round(0.5 * len(speakers["train"]))
-    with pytest.raises(ValueError, match="splits train and test share"):
-        make_corpora(plan, tmp_path / "data", {**sources, "test": sources["train"]}, progressbar=False)
+    for one, other in itertools.combinations(experiment.SPLITS, 2):
+        with pytest.raises(ValueError, match=f"splits {one} and {other} share"):
+            make_corpora(plan, tmp_path / "data", {**sources, other: sources[one]}, progressbar=False)
     with pytest.raises(ValueError, match="has no synthetic_sizes"):
         make_corpora(plan, tmp_path / "data", progressbar=False)
 
@@ -324,6 +329,13 @@ def test_plans_of_the_recipe(name):
         ("alignments: {logit: {}}", "nessa among them"),
         ("synthetic_sizes: {train: 3}", "at least 2 for each of train, alignment, dev, test"),
         ("v1: 3", "v1 must have hparams"),
+        ("v1: {hparams: ../evil.yaml}", r"can only name a YAML of the recipe, but got '\.\./evil\.yaml'"),
+        ("v1: {hparams: 3}", "can only name a YAML of the recipe, but got 3"),
+        ("v1: {hparams: a.yaml, options: [1]}", "options of v1 can only be names with values"),
+        (
+            "v1: {hparams: a.yaml, share_of_speakers: half}",
+            "share_of_speakers of v1 .*, but got 'half'",
+        ),
         ("[", "is no YAML"),
     ],
 )
@@ -528,3 +540,16 @@ def test_mistakes_in_fitting(fit, options, message):
     assert str(stop.value.code).startswith("error: ")
     assert message in str(stop.value.code)
     assert "\n" not in str(stop.value.code)
+
+
+def test_the_yamls_of_the_recipe_agree():
+    """The three commands share one data folder's speakers out alike, and fit NESSA as the experiment does."""
+    folder = REPOSITORY / "recipes/VoxCeleb/SpeakerAlignment/hparams"
+    options = {name: read_options(folder / f"{name}.yaml")[1] for name in ("ecapa", "xvector", "alignment")}
+    shared = [name for name in DATA_OPTIONS if name in options["alignment"] and not name.endswith("_csv")]
+    assert {"speaker_shares", "split_seed", "synthetic_speakers", "synthetic_seed"} <= set(shared)
+    for name in shared:
+        assert options["ecapa"][name] == options["xvector"][name] == options["alignment"][name], name
+    for name, parameter in inspect.signature(Nessa).parameters.items():
+        if name in options["alignment"] and name != "seed":
+            assert options["alignment"][name] == parameter.default, name

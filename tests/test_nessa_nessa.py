@@ -96,6 +96,9 @@ def test_better_on_unseen_speakers_than_what_has_a_closed_form(many, kind):
     assert 1 - area_under_curve(fitted.score, *test_set) < 0.9 * (1 - max(others.values())), others
     assert fitted.details["steps"] > 0
     assert fitted.details["cost"] < fitted.details["start_cost"]
+    costs = {row["step"]: row["held_out_cost"] for row in fitted.history}
+    assert costs[0] == fitted.details["start_cost"]
+    assert min(costs.values()) == costs[fitted.details["steps"]] == fitted.details["cost"]
 
 
 def test_with_few_speakers_no_worse_than_what_has_a_closed_form():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -100,6 +101,32 @@ def test_the_rate_chooses_the_threshold(profiles, path):
     assert VoiceProfiles(path, V1, false_accept_rate=0.1).verify("Ada", speaker(0)).threshold == 0.3
     refused("the false-accept rates 0.01, 0.1, but got 0.5", profiles.verify, "Ada", speaker(0), 0.5)
     refused("the false-accept rates 0.01, 0.1, but got 0.5", VoiceProfiles, path, V1, false_accept_rate=0.5)
+
+
+@pytest.mark.parametrize("rate", [5, 0, -1, "x", float("nan"), True])
+def test_a_rate_that_is_none(profiles, path, rate):
+    for action in (
+        lambda: VoiceProfiles(path, V1, false_accept_rate=rate),
+        lambda: VoiceProfiles(path.with_name("new.db"), V1, false_accept_rate=rate),
+        lambda: profiles.verify("Ada", speaker(0), rate),
+        lambda: profiles.migrate(Aligned(V1, V2), V2, false_accept_rate=rate),
+        lambda: profiles.set_calibration(CALIBRATION, rate),
+    ):
+        refused("false_accept_rate can only be a number above 0 and below 1, but got", action)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "chosen"),
+    [([0.2], [0.2, 0.01], 0.2), ([0.2], [0.1, 0.01], 0.01), ([0.2], [0.1, 0.05], 0.05), ([], [0.3, 0.2], 0.2)],
+)
+def test_the_rate_that_counts_is_one_that_there_is_a_threshold_for(path, old, new, chosen):
+    old, new = ([{"false_accept_rate": rate, "threshold": 0.5} for rate in rates] for rates in (old, new))
+    VoiceProfiles(path, V1, calibration=old).enroll("Ada", [speaker(0)])
+    VoiceProfiles(path, V1).set_calibration(new)
+    assert VoiceProfiles(path).describe()["false_accept_rate"] == chosen
+    VoiceProfiles(path, V1).set_calibration(old or new)
+    VoiceProfiles(path).migrate(Aligned(V1, V2), calibration=new)
+    assert VoiceProfiles(path).describe()["false_accept_rate"] == chosen
 
 
 def test_without_a_threshold_nobody_is_recognised(path):
@@ -262,6 +289,25 @@ def test_a_migration_brings_its_own_thresholds(profiles, path):
     assert VoiceProfiles(path, V2, alignment).verify("Ada", speaker(0)).threshold == 0.3
 
 
+def test_a_migration_to_what_the_store_has_already_changes_nothing(profiles, path):
+    assert profiles.migrate(None, V1) is False
+    assert profiles.verify("Ada", speaker(0)).threshold == 0.5
+    alignment = Aligned(V1, V2)
+    assert profiles.migrate(alignment, V2, [{"false_accept_rate": 0.2, "threshold": 0.9}]) is True
+    before = profiles.describe()
+    assert profiles.migrate(alignment, V2) is False
+    assert profiles.describe() == before
+    assert profiles.verify("Ada", speaker(0)).threshold == 0.9
+    refused("rates 0.2, but got 0.1", profiles.migrate, alignment, V2, false_accept_rate=0.1)  # not the alignment's
+
+
+def test_a_rate_without_thresholds_is_not_migrated_to(profiles):
+    alignment = Aligned(V1, V2)
+    alignment.calibration = None
+    refused("voices.db has no threshold", profiles.migrate, alignment, V2, false_accept_rate=0.3)
+    assert profiles.verify("Ada", speaker(0)).threshold == 0.5
+
+
 # Names and recordings
 
 
@@ -380,6 +426,27 @@ def test_threads_and_a_fork_share_a_store(profiles):
     assert os.waitpid(child, 0)[1] == 0
     assert profiles.identify(speaker(50, 1)).name == "of the child"
     assert len(profiles.names()) == 3 + 20 + 1
+
+
+def test_a_fork_while_another_thread_uses_the_store(profiles):
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def people():
+        is_held.set()
+        may_go.wait()
+        yield "Eve", np.ones(24)
+
+    thread = threading.Thread(target=profiles.enroll_embeddings, args=(people(),))
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os._exit(profiles.names() != ["Ada", "Bob", "Čeněk 李"])
+    assert os.waitpid(child, 0)[1] == 0
+    may_go.set()
+    thread.join()
+    assert "Eve" in profiles.names()
 
 
 def test_a_lock_that_is_not_let_go_of(profiles, path, monkeypatch):
@@ -510,6 +577,70 @@ def test_remove_takes_all_or_none(profiles):
     assert profiles.identify(speaker(0)).name is None
 
 
+IS_DAMAGED = {
+    "calibration": "UPDATE store SET calibration = '[1]'",
+    "calibration of another kind": "UPDATE store SET calibration = 5",
+    "calibration without numbers": """UPDATE store SET calibration = '[{"false_accept_rate":"x"}]'""",
+    "deep calibration": "UPDATE store SET calibration = replace(hex(zeroblob(50000)), '0', '[')",
+    "calibration that is no JSON": "UPDATE store SET calibration = '{{{'",
+    "calibration of bytes": "UPDATE store SET calibration = x'ff'",
+    "calibration with infinity": """UPDATE store SET calibration = '[{"false_accept_rate":0.1,"threshold":1e999}]'""",
+    "long number": "UPDATE store SET calibration = '[{\"false_accept_rate\":1' || hex(zeroblob(500)) || '}]'",
+    "rate": "UPDATE store SET false_accept_rate = 'abc'",
+    "rate out of range": "UPDATE store SET false_accept_rate = 2",
+    "model id": "UPDATE store SET runtime_model_id = x'00'",
+    "alignment id": "UPDATE store SET alignment_id = x'00'",
+    "num_changes": "UPDATE store SET num_changes = 'abc'",
+    "num_changes too high": "UPDATE store SET num_changes = 9223372036854775807",
+    "num_changes too low": "UPDATE store SET num_changes = -1",
+    "num_removals": "UPDATE store SET num_removals = 'abc'",
+    "has_traces": "UPDATE store SET has_traces = 'abc'",
+    "size": "UPDATE model SET embedding_size = 'abc'",
+    "size too high": "UPDATE model SET embedding_size = 1000000000000",
+    "size too low": "UPDATE model SET embedding_size = -24",
+    "models": "DELETE FROM model",
+    "name of bytes": "UPDATE profile SET name = x'41' WHERE id = 2",
+    "change": "UPDATE profile SET change = 'abc'",
+    "change that is never loaded": "UPDATE profile SET change = -1",
+    "change to come": "UPDATE profile SET change = 99",
+}
+
+
+@pytest.mark.parametrize("kind", IS_DAMAGED)
+def test_a_damaged_store_is_called_so_whatever_is_asked(profiles, path, kind):
+    with sqlite3.connect(path) as connection:
+        connection.execute(IS_DAMAGED[kind])
+    for action in (
+        lambda: VoiceProfiles(path),
+        profiles.names,
+        profiles.describe,
+        lambda: profiles.identify(speaker(0)),
+        lambda: profiles.verify("Ada", speaker(0)),
+        lambda: profiles.enroll("Eve", [speaker(4)]),
+        lambda: profiles.remove("Ada"),
+        lambda: profiles.migrate(Aligned(V1, V2)),
+    ):
+        refused("voices.db is damaged", action)
+
+
+@pytest.mark.parametrize("condition", ["", " WHERE profile = 2"])
+def test_a_profile_without_recordings_is_damage(profiles, path, condition):
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"DELETE FROM recording{condition}")
+    refused("voices.db is damaged: its tables do not fit", profiles.describe)
+    refused("voices.db is damaged: a profile has no rec", profiles.identify, speaker(0))
+    refused("voices.db is damaged: a profile has no rec", profiles.verify, "Bob", speaker(0))
+
+
+def test_recordings_of_a_model_that_is_not_there_are_damage(profiles, path):
+    profiles.migrate(Aligned(V1, V2), V2)
+    profiles.enroll("Dora", [speaker(3)])
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM model WHERE model_id = 'v1'")
+    for action in (profiles.describe, lambda: profiles.identify(speaker(0)), lambda: profiles.migrate(None, V2)):
+        refused("voices.db is damaged: its tables do not fit", action)
+
+
 IS_OTHER = ["text", "database", "folder", "cut", "version", "trigger", "table", "settings"]  # seen on opening
 
 
@@ -533,10 +664,8 @@ def make_other(path, kind):
                 "trigger": ["CREATE TRIGGER t AFTER INSERT ON profile BEGIN DELETE FROM recording; END"],
                 "table": ["DROP TABLE recording"],
                 "settings": ["DELETE FROM store"],
-                "calibration": ["UPDATE store SET calibration = '[1]'"],
                 "embedding": ["UPDATE recording SET embedding = x'00'"],
                 "infinite": [f"UPDATE recording SET embedding = x'{'0000807f' * 24}'"],
-                "model": ["DELETE FROM model"],
                 "name": ["UPDATE profile SET name = CAST(x'ff' AS TEXT)"],
             }[kind]:
                 connection.execute(statement)
@@ -544,7 +673,7 @@ def make_other(path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [*IS_OTHER, "calibration", "embedding", "infinite", "model", "name"],
+    [*IS_OTHER, "embedding", "infinite", "name"],
 )
 def test_what_is_no_store_is_refused_and_kept(path, kind):
     make_other(path, kind)
@@ -604,6 +733,13 @@ def test_files_that_may_not_grow(path):
 def test_no_permission(path, tmp_path):
     with pytest.raises(OSError, match=r"missing/voices.db"):
         VoiceProfiles(tmp_path / "missing" / "voices.db", V1).enroll("Ada", [speaker(0)])
+
+
+def test_a_link_to_nothing(path, tmp_path):
+    path.symlink_to(tmp_path / "gone.db")
+    with pytest.raises(OSError, match=r"a link to a file that is not there.*voices.db"):
+        VoiceProfiles(path, V1).enroll("Ada", [speaker(0)])
+    refused("no store", VoiceProfiles, path, must_exist=True)
 
 
 def test_a_removal_whose_traces_cannot_be_overwritten_says_so(profiles, path, monkeypatch):

@@ -146,6 +146,14 @@ def test_verify_and_its_exit_codes(store, run):
     assert err == ["error: There is no profile 'Zoe' in voices.db."]
 
 
+def test_a_name_is_the_same_however_it_is_composed(store, run):
+    name = "te\u0301l"
+    run("enroll", name, "eve", "--model", "old")
+    run("enroll", name, "eve/0.wav", "--model", "old", "--add")
+    assert run("verify", name, "eve/1.wav", "--model", "old")[0][0].startswith("eve/1.wav: accepted as t\u00e9l: ")
+    assert run("remove", name, "t\u00e9l") == (["t\u00e9l is removed"], [])
+
+
 def test_identify(store, run, monkeypatch):
     out, _ = run("identify", "ada/2.wav", "eve/2.wav", "--model", "old")
     assert out[0].startswith("ada/2.wav: Ada: score 0.9")
@@ -221,6 +229,10 @@ def test_migrate(store, run):
     ]
     out, _ = run("list")
     assert out[:2] == ["models:    v1 enrolls, v2 recognises", "alignment: a1"]
+    before = VoiceProfiles(store).describe()
+    out, err = run("migrate", "--alignment", "old-to-new", "--model", "new")
+    assert (out, err) == (["nothing changed: voices.db has these models and this alignment already"], [])
+    assert VoiceProfiles(store).describe() == before
     _, err = run("migrate", code=2)
     assert err == ["error: migrate needs --alignment, or --model alone where that model has made all profiles."]
     _, err = run("migrate", "--model", "new", code=2)
@@ -258,7 +270,10 @@ def test_calibrate(here, run, caplog):
     out, _ = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.2")
     assert out[0] == "thresholds from 1152 comparisons of different speakers:"
     assert " at a false-accept rate of 0.2, which rejects " in out[1]
+    assert out[2:] == ["the one at 0.2 counts, unless --false_accept_rate says otherwise"]
     assert VoiceProfiles("voices.db").describe()["false_accept_rate"] == 0.2
+    out, _ = run("calibrate", "dev.csv", "--model", "old")
+    assert out[4:] == ["the one at 0.01 counts, unless --false_accept_rate says otherwise"]
 
     _, err = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.0001", code=2)
     assert err == ["error: dev.csv has too few recordings for any threshold."]
@@ -305,6 +320,9 @@ def test_a_store_that_is_none(run, here):
 
 def test_names_and_files_that_a_terminal_would_obey(store, run, here):
     run("enroll", "A\x1b[31m", "eve", "--model", "old")
+    out, _ = run("enroll", "two\nlines", "bob", "--model", "old")
+    assert out == [r"two\nlines is enrolled with 3 recordings"]
+    assert run("remove", "two\nlines")[0] == [r"two\nlines is removed"]
     write(here / "odd\x1b.wav", tones(2, 2))
     out, _ = run("identify", "odd\x1b.wav", "--model", "old")
     assert out[0].startswith(r"odd\x1b.wav: A\x1b[31m: ")
@@ -320,6 +338,7 @@ def test_names_and_files_that_a_terminal_would_obey(store, run, here):
         ["identify", "a.wav"],
         ["identify", "a.wav", "--model", "old", "--false_accept_rate", "2"],
         ["identify", "a.wav", "--model", "old", "--candidates", "0"],
+        ["identify", "a.wav", "--model", "old", "--separator", "folder"],
         ["calibrate", "a.csv", "--model", "old", "--segment_seconds", "-1"],
         ["forget", "Ada"],
     ],

@@ -15,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from nessa_modules.corpora import read_corpus, split_speakers, write_corpus
+from nessa_modules.corpora import cut, read_corpus, split_speakers, write_corpus
 from nessa_modules.voices import SPLITS, make_voices
 from shared_modules.files import write_whole
 
@@ -83,7 +83,7 @@ def prepare_data(options, splits, progressbar=True):
         - ``data_folder``, ``speaker_shares`` (the share of each of the four splits) and ``split_seed``;
         - ``synthetic_folder``, ``synthetic_speakers`` (the number in each of the four splits),
           ``synthetic_utterances`` (of a speaker), ``synthetic_conditions``, ``synthetic_seed`` and ``sample_rate``;
-        - ``min_seconds`` and ``segment_seconds`` (null: recordings are not cut): optional;
+        - ``min_seconds`` and ``segment_seconds`` (of training and alignment; null: recordings are not cut): optional;
         - ``skip_prep``: take the manifests of an earlier run as they are.
     splits : tuple of str
         Of ``train``, ``alignment``, ``dev`` and ``test``.
@@ -106,7 +106,7 @@ def prepare_data(options, splits, progressbar=True):
     if options.get("skip_prep"):
         return manifests
     kind = _kind(options)
-    lengths = {"segment_seconds": options.get("segment_seconds"), "progressbar": progressbar}
+    lengths = {"progressbar": progressbar}
     if options.get("min_seconds") is not None:
         lengths["min_seconds"] = options["min_seconds"]
     if kind == _CSV_FILES:
@@ -128,6 +128,10 @@ def prepare_data(options, splits, progressbar=True):
         )
         utterances = {split: read_corpus(voices, split=split, **lengths) for split in splits}
     _refuse_shared(utterances)
+    if options.get("segment_seconds") is not None:
+        # Not dev and test: segments of one recording would meet in trials, which are too easy within a session.
+        for split in {"train", "alignment"} & set(splits):
+            utterances[split] = [part for each in utterances[split] for part in cut(each, options["segment_seconds"])]
 
     folder = _folder(options)
     folder.mkdir(parents=True, exist_ok=True)

@@ -218,7 +218,7 @@ def main(argv):
         ids = encoders["enroll"].model_id, encoders["runtime"].model_id
         alignment.save(Path(options["output_folder"]) / "alignment", *ids)
         curves = {name: (each, trials["test"].labels) for name, each in scores["test"].items()}
-    report(options, rows, thresholds, curves, getattr(alignment, "history", []))
+    report(options, rows, thresholds, curves, alignment.history)
     del lock
 
 
