@@ -6,9 +6,9 @@
           --dev_csv libri_test/metadata.csv:0:20 --test_csv libri_test/metadata.csv:20:
 
 Models v1 (older, weaker) and v2 (newer, better) are trained for each seed, as processes of train_embeddings.py. Every
-alignment is fitted to their embeddings of the alignment speakers, who are a share of the training source's and train no
-model. Trials are of the test speakers. What is to be trained and tried stands in the plan, a small YAML. The same
-command goes on where it was stopped, and keeps what is there.
+alignment is fitted to their embeddings of the alignment speakers, who are a share of the training source's (and the
+training speakers, too, if the plan says so). Trials are of the test speakers. What is to be trained and tried stands
+in the plan, a small YAML. The same command goes on where it was stopped, and keeps what is there.
 
     OUTPUT/summary.md                the tables that matter
     OUTPUT/results.csv               EER and minDCF of every system, seed, sex, number of enrolled utterances and of
