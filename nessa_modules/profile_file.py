@@ -39,15 +39,20 @@ _MAX_EMBEDDING_SIZE = 2**20
 Store = namedtuple("Store", _STORE_FIELDS)
 
 _files = weakref.WeakSet()
+_was_used_in_fork = False
 
 
-def _renew_locks():
-    """In a forked child: no thread is there that would let go of them."""
+def _after_fork():
+    """In a forked child: SQLite's own locks stay as they were, and no thread is there that would let go of them."""
+    global _was_used_in_fork
     for file in list(_files):
+        is_free = file.lock.acquire(blocking=False)
+        is_in_transaction = file._connection is not None and file._connection.in_transaction
+        _was_used_in_fork = _was_used_in_fork or not is_free or is_in_transaction
         file.lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class ProfileFile:
@@ -188,6 +193,9 @@ class ProfileFile:
 
     def _connect(self):
         """The connection of this process; None where there is no file."""
+        if _was_used_in_fork:
+            reason = "this process was forked while a store was in use: fork at another moment, or spawn the process"
+            raise OSError(errno.EBUSY, reason, str(self.path))
         if self._process != os.getpid():  # a forked child may neither use its parent's nor close it
             self._inherited.append(self._connection)
             self._connection, self._process = None, os.getpid()

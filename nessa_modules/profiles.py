@@ -132,10 +132,13 @@ class VoiceProfiles:
 
     The store remembers the models and the alignment that it is scored with, and their thresholds; whatever else is
     given is refused. The thresholds of an alignment are those of profiles that its enrollment model made, heard by its
-    runtime model; profiles that the runtime model made are compared with the same. It may be used by several processes
-    and threads at once: each sees what the others have written, whole. The first search loads all profiles (4 bytes
-    for each dimension, and their names), later ones only what has changed. The file is created by the first
+    runtime model; profiles that the runtime model made are compared with the same. The first search loads all profiles
+    (4 bytes for each dimension, and their names), later ones only what has changed. The file is created by the first
     ``enroll``, readable by its owner alone.
+
+    It may be used by several processes and threads at once: each sees what the others have written, whole. But a
+    process that was forked while another thread used a store can use none, and says so: SQLite's locks stay as they
+    were.
 
     Arguments
     ---------

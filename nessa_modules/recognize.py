@@ -187,10 +187,11 @@ def _migrate(arguments):
     known = profiles.describe()
     count, model = len(known["profiles"]), known["runtime_model_id"]
     line = f"{count} profile{'s' if count != 1 else ''} moved: recordings are recognised with model {model} from now on"
+    lines = [line, _default(known["false_accept_rate"])] if known["calibration"] else [line]
     if not is_changed:
-        line = f"nothing changed: {arguments.store} has these models and this alignment already"
+        lines = [f"nothing changed: {arguments.store} has these models and this alignment already"]
     known = {field: known[field] for field in ("runtime_model_id", "alignment_id", "false_accept_rate", "calibration")}
-    _tell(arguments, {"store": str(arguments.store), **known, "is_changed": is_changed}, line)
+    _tell(arguments, {"store": str(arguments.store), **known, "is_changed": is_changed}, *lines)
     if not known["calibration"]:
         print("note: there is no threshold yet: use calibrate", file=sys.stderr)
     return 0
@@ -229,8 +230,7 @@ def _calibrate(arguments):
         for row in rows
     ]
     known = {"store": str(arguments.store), "comparisons": count, "calibration": rows, "false_accept_rate": rate}
-    default = f"the one at {rate:g} counts, unless --false_accept_rate says otherwise"
-    _tell(arguments, known, f"thresholds from {count} comparisons of different speakers:", *lines, default)
+    _tell(arguments, known, f"thresholds from {count} comparisons of different speakers:", *lines, _default(rate))
     return 0
 
 
@@ -341,6 +341,10 @@ def _device(device):
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _default(rate):
+    return f"the threshold at {rate:g} counts, unless --false_accept_rate says otherwise"
 
 
 def _tell(arguments, known, *lines):

@@ -442,7 +442,14 @@ def test_a_fork_while_another_thread_uses_the_store(profiles):
     child = os.fork()
     if not child:
         signal.alarm(60)
-        os._exit(profiles.names() != ["Ada", "Bob", "Čeněk 李"])
+        for action in (profiles.names, lambda: profiles.identify(speaker(0)), lambda: VoiceProfiles(profiles.path)):
+            try:
+                action()
+            except OSError as error:
+                if "this process was forked while a store was in use" in str(error):
+                    continue
+            os._exit(1)
+        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     may_go.set()
     thread.join()

@@ -219,7 +219,10 @@ def test_remove_and_list(store, run):
 
 def test_migrate(store, run):
     out, _ = run("migrate", "--alignment", "old-to-new", "--model", "new")
-    assert out == ["2 profiles moved: recordings are recognised with model v2 from now on"]
+    assert out == [
+        "2 profiles moved: recordings are recognised with model v2 from now on",
+        "the threshold at 0.01 counts, unless --false_accept_rate says otherwise",
+    ]
     out, _ = run("identify", "ada/2.wav", "--model", "new", "--alignment", "old-to-new")
     assert out[0].startswith("ada/2.wav: Ada: ")
     _, err = run("identify", "ada/2.wav", "--model", "old", code=2)
@@ -270,10 +273,10 @@ def test_calibrate(here, run, caplog):
     out, _ = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.2")
     assert out[0] == "thresholds from 1152 comparisons of different speakers:"
     assert " at a false-accept rate of 0.2, which rejects " in out[1]
-    assert out[2:] == ["the one at 0.2 counts, unless --false_accept_rate says otherwise"]
+    assert out[2:] == ["the threshold at 0.2 counts, unless --false_accept_rate says otherwise"]
     assert VoiceProfiles("voices.db").describe()["false_accept_rate"] == 0.2
     out, _ = run("calibrate", "dev.csv", "--model", "old")
-    assert out[4:] == ["the one at 0.01 counts, unless --false_accept_rate says otherwise"]
+    assert out[4:] == ["the threshold at 0.01 counts, unless --false_accept_rate says otherwise"]
 
     _, err = run("calibrate", "dev.csv", "--model", "old", "--rates", "0.0001", code=2)
     assert err == ["error: dev.csv has too few recordings for any threshold."]
