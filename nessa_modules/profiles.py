@@ -349,8 +349,9 @@ class VoiceProfiles:
 
         with self._file.transaction() as connection:
             read(connection)
-        utterance = self._utterance(recording)  # [Dz]
-        with self._file.transaction() as connection:  # again: it may have been removed or migrated meanwhile
+        utterance, made_by = self._utterance(recording)  # [Dz]
+        with self._file.lock, self._file.transaction() as connection:  # again: it may have been removed meanwhile
+            self._check_still(made_by)
             profile, threshold, rate = read(connection)
         score = float(profile @ utterance)
         return Verification(name, score, score >= threshold, threshold, rate)
@@ -384,7 +385,7 @@ class VoiceProfiles:
             raise ValueError(f"num_candidates can only be a whole number of at least 1, but got {num_candidates!r}.")
         with self._file.transaction() as connection:
             self._threshold(self._recognising_store(connection), false_accept_rate)
-        return self._search(self._utterance(recording), num_candidates, false_accept_rate)
+        return self._search(*self._utterance(recording), num_candidates, false_accept_rate)
 
     def identify_mixture(self, recording, separator, num_candidates=5, false_accept_rate=None, progress=None):
         """Who speaks at the same time? Separates a recording, and identifies each voice.
@@ -548,8 +549,9 @@ class VoiceProfiles:
             new = Store(*new[:5], *store[5:])
             if new != store:
                 self._file.write_store(connection, new)
-        self.alignment, self._enroller, self._recogniser = alignment, encoder, encoder
-        self._calibration, self._rate, self._loaded = moved._calibration, None, None
+        with self._file.lock:
+            self.alignment, self._enroller, self._recogniser = alignment, encoder, encoder
+            self._calibration, self._rate, self._loaded = moved._calibration, None, None
         return new != store
 
     def set_calibration(self, calibration, false_accept_rate=None):
@@ -707,11 +709,17 @@ class VoiceProfiles:
         return embeddings
 
     def _utterance(self, recording):
-        """A recording in the space that is compared in, [Dz] of length 1."""
-        embedding = self._embedding(self._recogniser, recording)[None]  # [1, D]
-        if self.alignment is not None:
-            embedding = self._mapped(self.alignment.runtime, embedding, self._recogniser.model_id)
-        return _normalised(embedding, self.path)[0]
+        """A recording in the space that is compared in, [Dz] of length 1, and what brought it there."""
+        made_by = encoder, alignment = self._recogniser, self.alignment
+        embedding = self._embedding(encoder, recording)[None]  # [1, D]
+        if alignment is not None:
+            embedding = self._mapped(alignment.runtime, embedding, encoder.model_id)
+        return _normalised(embedding, self.path)[0], made_by
+
+    def _check_still(self, made_by):
+        """Refuse a recording that was embedded before another thread migrated; called with the lock held."""
+        if made_by != (self._recogniser, self.alignment):
+            raise ValueError(f"{self.path} was moved to another model meanwhile; give the recording again.")
 
     def _map(self, model_id, profiles):
         """Profiles [K, D] of one model in the space that is compared in, [K, Dz] of length 1."""
@@ -734,8 +742,9 @@ class VoiceProfiles:
 
     # What is read
 
-    def _search(self, utterance, num_candidates, rate):
+    def _search(self, utterance, made_by, num_candidates, rate):
         with self._file.lock:
+            self._check_still(made_by)
             with self._file.transaction() as connection:
                 store = self._recognising_store(connection)
                 threshold, rate = self._threshold(store, rate)

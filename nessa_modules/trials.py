@@ -448,7 +448,7 @@ def calibrate_thresholds(scores, labels, false_accept_rates=(0.1, 0.05, 0.01, 0.
     for rate in false_accept_rates:
         if not 0 < rate < 1:
             raise ValueError(f"A false-accept rate can only be a number above 0 and below 1, but got {rate!r}.")
-        accepted = math.floor(rate * len(others) + 1e-9)  # the next one would be too many
+        accepted = min(math.floor(rate * len(others) + 1e-9), len(others) - 1)  # the next one would be too many
         if not accepted:
             needed = math.ceil(1 / rate - 1e-9)
             logger.warning(

@@ -27,8 +27,8 @@ def find_device(device):
     """
     try:
         found = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:  # torch raises either
-        reason = str(error).splitlines()[0]
+    except (AssertionError, ImportError, RuntimeError) as error:  # torch raises any of these
+        reason = str(error).splitlines()[0].split(". ")[0]  # what follows may fill a page
         raise ValueError(f"device can only be one of this machine, but got {device!r}: {reason}") from None
     if found.type == "meta":
         raise ValueError("device can only be one that computes, but got 'meta'.")

@@ -223,6 +223,24 @@ def test_after_a_migration_either_model_enrolls(profiles, path):
     assert both.verify("Dora", speaker(3, 9)).score == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_migration_while_a_recording_is_embedded(profiles, monkeypatch):
+    """Its embedding is the old model's, and is not scored in the new space."""
+    alignment = Aligned(V1, V2)
+    embed = V1.encode_recording
+    for ask in (profiles.identify, lambda recording: profiles.verify("Ada", recording)):
+
+        def migrate_meanwhile(recording):
+            embedding = embed(recording)
+            profiles.migrate(alignment, V2, calibration=CALIBRATION)
+            return embedding
+
+        monkeypatch.setattr(V1, "encode_recording", migrate_meanwhile)
+        refused("was moved to another model meanwhile", ask, speaker(0, 9))
+        monkeypatch.undo()
+        assert profiles.identify(speaker(0, 9)).name == "Ada"
+        profiles.migrate(None, V1, calibration=CALIBRATION)
+
+
 def test_an_aligned_pair_of_which_each_place_has_one_model(path):
     alignment = Aligned(V1, V2)
     office = VoiceProfiles(path, V1, alignment)
