@@ -450,7 +450,7 @@ def dependence_figure(results):
         handles = [Line2D([], [], label=label_of(system), **line) for system, line in _BOTH.items()]
         kinds = [kind for kind in _LINES if kind in results.plan.alignments and kind != "none"]
         handles += [Line2D([], [], ms=5, label=LABELS[kind], **_LINES[kind]) for kind in kinds]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=3)
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(columns), handlelength=3)
     return figure
 
 

@@ -308,7 +308,7 @@ def test_classifiers_are_matched_by_speaker():
     assert shared_classifier(one, SimpleNamespace(classifier_weight=torch.eye(2), speakers=["a", "y"])) is None
 
 
-@pytest.mark.parametrize("name", ["demo", "recorded"])
+@pytest.mark.parametrize("name", ["demo", "800_speakers", "recorded"])
 def test_plans_of_the_recipe(name):
     plan = read_plan(RECIPE / f"hparams/experiment_{name}.yaml")
     assert plan.num_enroll in plan.enroll_curve

@@ -52,7 +52,8 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of everything; one that is there goes on")
     parser.add_argument(
-        "--plan", help="demo, recorded, or a YAML like hparams/experiment_demo.yaml (demo; with --train_csv: recorded)"
+        "--plan",
+        help="demo, 800_speakers, recorded, or a YAML like theirs in hparams (demo; with --train_csv: recorded)",
     )
     sources = "a csv (id, speaker, path), <csv>:<start>:<stop> for some of its speakers, or a folder"
     parser.add_argument("--train_csv", help=f"training and alignment speakers: {sources}; without: synthetic voices")
@@ -72,8 +73,8 @@ def parse_arguments(argv=None):
 def plan_of(arguments):
     """The plan that the command line names, checked."""
     name = arguments.plan or ("recorded" if arguments.train_csv else "demo")
-    path = PLANS / f"experiment_{name}.yaml" if name in ("demo", "recorded") else Path(name)
-    plan = read_plan(path)
+    of_recipe = PLANS / f"experiment_{name}.yaml"
+    plan = read_plan(of_recipe if Path(name).name == name and of_recipe.exists() else name)
     if arguments.loss:
         check_values({"loss": arguments.loss}, EXPECTED)
         plan = dataclasses.replace(plan, loss=arguments.loss)
