@@ -24,6 +24,7 @@ from shared_modules.model_files import read_state, read_text_file
 ALIGNMENTS = ("none", "logit", "procrustes", "least_squares", "nessa", "nessa_runtime")
 
 DESCRIPTION_FILE = "alignment.json"
+ALIGNMENT_FOLDER = "alignment"  # of a run
 _FORMAT = 1
 _TENSORS_FILE = "alignment-{}.pt"  # {}: the alignment's id, so that description and tensors cannot be mixed up
 
@@ -812,6 +813,7 @@ def load_alignment(folder):
     Arguments
     ---------
     folder : str or Path
+        That of the alignment, or of the run of ``train_alignment.py`` that made it.
 
     Returns
     -------
@@ -834,6 +836,8 @@ def load_alignment(folder):
     True
     """
     folder = Path(folder)
+    if not (folder / DESCRIPTION_FILE).exists() and (folder / ALIGNMENT_FOLDER / DESCRIPTION_FILE).exists():
+        folder = folder / ALIGNMENT_FOLDER  # of a run
     path = folder / DESCRIPTION_FILE
     try:
         description = json.loads(read_text_file(path))

@@ -180,6 +180,7 @@ def _migrate(arguments):
     if arguments.alignment is None and arguments.model is None:
         raise RunError("migrate needs --alignment, or --model alone where that model has made all profiles.")
     profiles = VoiceProfiles(arguments.store, must_exist=True)
+    before = profiles.describe()
     alignment, encoder = _load_alignment(arguments), None
     if arguments.model is not None:
         encoder = _load_encoder(arguments.model, arguments.device)
@@ -187,7 +188,14 @@ def _migrate(arguments):
     known = profiles.describe()
     count, model = len(known["profiles"]), known["runtime_model_id"]
     line = f"{count} profile{'s' if count != 1 else ''} moved: recordings are recognised with model {model} from now on"
-    lines = [line, _default(known["false_accept_rate"])] if known["calibration"] else [line]
+    lines = [line]
+    if known["calibration"]:
+        old, new = (_threshold_text(store) for store in (before, known))
+        lines += [
+            f"threshold: {old}, now {new}: that of the alignment's development speakers; to be sure of the rate, use "
+            "calibrate with recordings like yours",
+            _default(known["false_accept_rate"]),
+        ]
     if not is_changed:
         lines = [f"nothing changed: {arguments.store} has these models and this alignment already"]
     known = {field: known[field] for field in ("runtime_model_id", "alignment_id", "false_accept_rate", "calibration")}
@@ -341,6 +349,12 @@ def _device(device):
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _threshold_text(store):
+    thresholds = {entry["false_accept_rate"]: entry["threshold"] for entry in store["calibration"] or []}
+    threshold = thresholds.get(store["false_accept_rate"])
+    return "none" if threshold is None else f"{threshold:.3f}"
 
 
 def _default(rate):

@@ -486,6 +486,12 @@ def test_files_that_are_none_or_too_large_are_refused(tmp_path):
         load_alignment(tmp_path)
 
 
+def test_the_folder_of_a_run_is_its_alignment(tmp_path):
+    alignment = fitted("procrustes")
+    alignment.save(tmp_path / "alignment", "a", "b")
+    assert load_alignment(tmp_path).alignment_id == alignment.alignment_id
+
+
 def test_tensors_that_are_expanded_or_parameters(tmp_path):
     alignment = fitted("procrustes")
     alignment.save(tmp_path, "a", "b")

@@ -14,7 +14,7 @@ from pathlib import Path
 import speechbrain as sb
 from voxceleb_prepare import check_data, prepare_data
 
-from nessa_modules.alignment import ALIGNMENTS
+from nessa_modules.alignment import ALIGNMENT_FOLDER, ALIGNMENTS
 from nessa_modules.corpora import read_corpus, read_voxceleb_trials
 from nessa_modules.embeddings import embed
 from nessa_modules.experiment import fit_alignment, load_encoder
@@ -216,7 +216,7 @@ def main(argv):
         thresholds = threshold_rows(options["false_accept_rates"], aligned, trials)
         alignment.calibration = [{name: row[name] for name in ("false_accept_rate", "threshold")} for row in thresholds]
         ids = encoders["enroll"].model_id, encoders["runtime"].model_id
-        alignment.save(Path(options["output_folder"]) / "alignment", *ids)
+        alignment.save(Path(options["output_folder"]) / ALIGNMENT_FOLDER, *ids)
         curves = {name: (each, trials["test"].labels) for name, each in scores["test"].items()}
     report(options, rows, thresholds, curves, alignment.history)
     del lock
