@@ -221,8 +221,8 @@ def test_migrate(store, run):
     out, _ = run("migrate", "--alignment", "old-to-new", "--model", "new")
     assert out == [
         "2 profiles moved: recordings are recognised with model v2 from now on",
-        "threshold: 0.950, now 0.500: that of the alignment's development speakers; to be sure of the rate, use calibrate "
-        "with recordings like yours",
+        "threshold: 0.950, now 0.500: that of the alignment's development speakers; to be sure of the rate, use "
+        "calibrate with recordings like yours",
         "the threshold at 0.01 counts, unless --false_accept_rate says otherwise",
     ]
     out, _ = run("identify", "ada/2.wav", "--model", "new", "--alignment", "old-to-new")
