@@ -275,8 +275,10 @@ def pair_embeddings(X, Y, speakers):
 def _length_normalised(embeddings, what):
     """Embeddings [.., D] at length 1, or a ValueError that says what is wrong with them."""
     lengths = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
-    if bool((lengths > _SHORT).logical_and(lengths < _LONG).all()):
-        return embeddings / lengths
+    if lengths.numel():
+        shortest, longest = lengths.aminmax()  # NaN where one is
+        if shortest > _SHORT and longest < _LONG:
+            return embeddings / lengths
     # The squares of float32 embeddings may have overflowed or vanished.
     embeddings = embeddings / embeddings.abs().amax(dim=-1, keepdim=True)
     lengths = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
