@@ -14,11 +14,12 @@ from scipy.signal import resample_poly
 from torch.utils.data import DataLoader
 
 from dsd_modules.data import cache as cache_module
+from dsd_modules.data import on_the_fly
 from dsd_modules.data.cache import SharedCache
 from dsd_modules.data.on_the_fly import OnTheFlyReader, extend_noise, find_mixtures, read_metadata, round_to_16_bits
 from dsd_modules.dataset import MixtureDataset
 from dsd_modules.report import read_history
-from shared_modules import corpus, on_the_fly
+from shared_modules import corpus
 from shared_modules.files import write_whole
 
 NUM_MIXTURES = 5
