@@ -566,6 +566,6 @@ def alignment_figure(curves, history=()):
             for name, colour in zip(columns, (ORANGE, BLUE, GREEN), strict=False):
                 points = [(row["step"], row[name]) for row in history if math.isfinite(row[name])]
                 axes.plot(*zip(*points, strict=True), color=colour, label=name)
-            axes.set(title="Training of NESSA", xlabel="step", ylabel="mean over held-out speakers")
+            axes.set(title="Training of NESSA", xlabel="step", ylabel="cost of held-out alignment speakers")
             axes.legend()
     return figure
