@@ -165,7 +165,8 @@ def report(options, rows, thresholds, curves, history):
         writer.add_figure("report", figure, 0)
     for row in rows:
         rate, low, high = (f"{100 * row[name]:.2f}" for name in ("eer", "eer_low", "eer_high"))
-        print(f"{row['split']:5} {row['system']:31} EER {rate:>5} % (95 %: {low} to {high}), minDCF {row['min_dcf']:.3f}")
+        interval = f"(95 %: {low} to {high})"
+        print(f"{row['split']:5} {row['system']:31} EER {rate:>5} % {interval}, minDCF {row['min_dcf']:.3f}")
     for row in thresholds:
         print(
             f"threshold {row['threshold']:.4f}: dev accepts {100 * row['false_accept_rate']:g} % of the non-targets, "
