@@ -28,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of PyTorch's profiler
 
 import torch
+from bench_inference import SIZES
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.lobes.models.dual_path import Dual_Path_Model
@@ -37,18 +38,6 @@ from tqdm import tqdm
 from dsd_modules.sampling import TrainingBatches
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "LibriMix" / "separation"
-SIZES = {
-    "full": {},  # the YAML's defaults
-    "demo": {  # the Makefile's
-        "num_filters": 64,
-        "kernel_size": 32,
-        "chunk_size": 50,
-        "num_intra_layers": 1,
-        "num_inter_layers": 1,
-        "num_heads": 2,
-        "d_ffn": 128,
-    },
-}
 SPEECHBRAIN = "SpeechBrain"
 DSD_LO = {"dsd_mode": "drop", "layerwise": True}
 OPTIONS = {

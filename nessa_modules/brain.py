@@ -6,7 +6,6 @@ import time
 import speechbrain as sb
 import torch
 import torch.nn.functional as F
-from speechbrain.utils.distributed import if_main_process
 
 from nessa_modules.sampling import SpeakerBatchSampler
 from nessa_modules.trials import eer
@@ -123,10 +122,9 @@ class EmbeddingBrain(RecordedBrain):
         hparams.lr_scheduler.on_epoch(self.optimizer, epoch, valid["eer"])
         hparams.train_logger.log_stats(meta, train, valid)
         self.tensorboard.log_stats(meta, train, valid)
-        if if_main_process():
-            row = {**meta, "seconds": self.train_seconds}
-            row.update({f"train_{name}": value for name, value in train.items()})
-            hparams.history.append({**row, "valid_eer": valid["eer"]})
+        row = {**meta, "seconds": self.train_seconds}
+        row.update({f"train_{name}": value for name, value in train.items()})
+        hparams.history.append({**row, "valid_eer": valid["eer"]})
         self.checkpointer.save_and_keep_only(
             meta={"eer": valid["eer"], "epoch": epoch}, num_to_keep=hparams.num_to_keep, min_keys=["eer"]
         )
