@@ -277,7 +277,7 @@ def _length_normalised(embeddings, what):
     lengths = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
     if lengths.numel():
         shortest, longest = lengths.aminmax()  # NaN where one is
-        if shortest > _SHORT and longest < _LONG:
+        if shortest.item() > _SHORT and longest.item() < _LONG:
             return embeddings / lengths
     # The squares of float32 embeddings may have overflowed or vanished.
     embeddings = embeddings / embeddings.abs().amax(dim=-1, keepdim=True)
@@ -289,6 +289,66 @@ def _length_normalised(embeddings, what):
             f"{f', and {len(rows) - 1} more are not' if len(rows) > 1 else ''}."
         )
     return embeddings / lengths
+
+
+def procrustes_matrices(pairs):
+    """The rotation between two models' embeddings, each without its mean: see :class:`ProcrustesAlignment`.
+
+    Arguments
+    ---------
+    pairs : PairedEmbeddings
+
+    Returns
+    -------
+    dict
+        From the side that is rotated, ``enroll`` or ``runtime``, to its matrix [D, Dz], float64.
+
+    Example
+    -------
+    >>> X = torch.randn(40, 8)
+    >>> list(procrustes_matrices(pair_embeddings(X, X[:, :5], [row // 2 for row in range(40)])))
+    ['runtime']
+    """
+    enroll, runtime = (side - side.mean(0) for side in (pairs.enroll, pairs.runtime))
+    if enroll.shape[1] < runtime.shape[1]:
+        return {"enroll": procrustes_map(enroll, runtime)}
+    return {"runtime": procrustes_map(runtime, enroll)}
+
+
+def least_squares_matrices(pairs, ridge):
+    """The regression of one model's embeddings on the other's: see :class:`LeastSquaresAlignment`.
+
+    Arguments
+    ---------
+    pairs : PairedEmbeddings
+    ridge : float
+        See :func:`ridge_maps`.
+
+    Returns
+    -------
+    dict
+        ``runtime``: its matrix [Dy, Dx], float64.
+
+    Example
+    -------
+    >>> X = torch.randn(40, 8)
+    >>> pairs = pair_embeddings(X, X[:, :5], [row // 2 for row in range(40)])
+    >>> list(least_squares_matrices(pairs, 0.1)["runtime"].shape)
+    [5, 8]
+    """
+    enroll, runtime = (side - side.mean(0) for side in (pairs.enroll, pairs.runtime))
+    return {"runtime": ridge_maps(runtime, enroll, [ridge])[0]}
+
+
+def _around_means(pairs, matrices):
+    """Tensors of a :class:`LinearAlignment` that takes each side's mean off, then maps by the side's matrix, if any."""
+    tensors = {}
+    for side in ("enroll", "runtime"):
+        offset = -getattr(pairs, side).mean(0)
+        if side in matrices:
+            tensors[f"{side}_matrix"], offset = matrices[side], offset @ matrices[side]
+        tensors[f"{side}_offset"] = offset
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 class Alignment:
@@ -671,18 +731,8 @@ class ProcrustesAlignment(LinearAlignment):
     name = "procrustes"
 
     def _fit(self, pairs):
-        means = {"enroll": pairs.enroll.mean(0), "runtime": pairs.runtime.mean(0)}
-        centered = {"enroll": pairs.enroll - means["enroll"], "runtime": pairs.runtime - means["runtime"]}
-        moved, fixed = ("runtime", "enroll")
-        if pairs.enroll.shape[1] < pairs.runtime.shape[1]:
-            moved, fixed = fixed, moved
-        matrix = procrustes_map(centered[moved], centered[fixed])
-        tensors = {
-            f"{moved}_matrix": matrix,
-            f"{moved}_offset": -means[moved] @ matrix,
-            f"{fixed}_offset": -means[fixed],
-        }
-        return {name: tensor.float() for name, tensor in tensors.items()}, {"rotated": moved}
+        matrices = procrustes_matrices(pairs)
+        return _around_means(pairs, matrices), {"rotated": next(iter(matrices))}
 
 
 class LeastSquaresAlignment(LinearAlignment):
@@ -722,25 +772,18 @@ class LeastSquaresAlignment(LinearAlignment):
         self.seed = seed
 
     def _fit(self, pairs):
-        ridge = choose_ridge(pairs, _RIDGES, self.seed) if self.ridge is None else self.ridge
-        means = pairs.enroll.mean(0), pairs.runtime.mean(0)
-        matrix = ridge_maps(pairs.runtime - means[1], pairs.enroll - means[0], [ridge])[0]
-        tensors = {
-            "enroll_offset": -means[0],
-            "runtime_matrix": matrix,
-            "runtime_offset": -means[1] @ matrix,
-        }
-        return {name: tensor.float() for name, tensor in tensors.items()}, {"ridge": ridge}
+        ridge = choose_ridge(pairs, seed=self.seed) if self.ridge is None else self.ridge
+        return _around_means(pairs, least_squares_matrices(pairs, ridge)), {"ridge": ridge}
 
 
-def choose_ridge(pairs, ridges, seed=0):
+def choose_ridge(pairs, ridges=_RIDGES, seed=0):
     """The ridge with the least squared error on held-out speakers, from the runtime to the enrollment space.
 
     Arguments
     ---------
     pairs : PairedEmbeddings
     ridges : sequence of float
-        To choose from; of equally good ones the first.
+        To choose from; of equally good ones the first. Left out: from 1e-5 to 10.
     seed : int
         Of the folds over speakers, five, or as many as there are speakers.
 

@@ -13,7 +13,14 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from nessa_modules.alignment import Alignment, choose_ridge, procrustes_map, ridge_maps, speaker_folds, speaker_means
+from nessa_modules.alignment import (
+    Alignment,
+    choose_ridge,
+    least_squares_matrices,
+    procrustes_matrices,
+    speaker_folds,
+    speaker_means,
+)
 
 _PARTS = ("matrix", "offset", "hidden_matrix", "hidden_offset", "output_matrix")
 
@@ -21,7 +28,6 @@ _PARTS = ("matrix", "offset", "hidden_matrix", "hidden_offset", "output_matrix")
 _SHRINKAGES = (0.1, 0.3, 0.6)
 _POWERS = (0.5, 1.0)
 _SESSION_SHARES = (0.0, 0.5, 1.0)
-_RIDGES = tuple(10.0**power for power in (-4, -3, -2, -1.5, -1, -0.5, 0, 0.5))
 _WITHOUT_CHOICE = ("cross_space", 0.3, 0.3, 1.0, 1.0)
 
 _NUM_FOLDS = 5
@@ -75,7 +81,8 @@ def network(tensors, side, embeddings, dropout=0.0, generator=None):
         kept = torch.rand(hidden.shape, generator=generator) >= dropout
         hidden = hidden * kept / (1 - dropout)
     mapped = torch.addmm(torch.addmm(offset, rows, matrix), hidden, output_matrix)  # (K, Dz)
-    return functional.normalize(mapped, dim=-1).reshape(*embeddings.shape[:-1], -1)
+    mapped = mapped / torch.linalg.vector_norm(mapped, dim=-1, keepdim=True).clamp_min(1e-12)
+    return mapped.reshape(*embeddings.shape[:-1], -1)
 
 
 def contrastive_loss(profiles, utterances, log_scale):
@@ -285,16 +292,14 @@ def closed_form(pairs, key):
     """
     if key[0] == "cross_space":
         return CrossSpaceMaps(pairs)(*key[1:])
-    means = {"enroll": pairs.enroll.mean(0), "runtime": pairs.runtime.mean(0)}
-    x, y = pairs.enroll - means["enroll"], pairs.runtime - means["runtime"]
-    matrices = {"enroll": torch.eye(x.shape[1], dtype=x.dtype), "runtime": torch.eye(y.shape[1], dtype=x.dtype)}
-    if key[0] == "least_squares":
-        matrices["runtime"] = ridge_maps(y, x, [choose_ridge(pairs, _RIDGES)])[0]
-    elif y.shape[1] <= x.shape[1]:
-        matrices["runtime"] = procrustes_map(y, x)
-    else:
-        matrices["enroll"] = procrustes_map(x, y)
-    return {side: (matrix, -means[side] @ matrix) for side, matrix in matrices.items()}
+    is_rotation = key[0] == "procrustes"
+    matrices = procrustes_matrices(pairs) if is_rotation else least_squares_matrices(pairs, choose_ridge(pairs))
+    maps = {}
+    for side in ("enroll", "runtime"):
+        embeddings = getattr(pairs, side)
+        matrix = matrices.get(side, torch.eye(embeddings.shape[1], dtype=embeddings.dtype))
+        maps[side] = (matrix, -embeddings.mean(0) @ matrix)
+    return maps
 
 
 class SpeakerTable:
@@ -494,7 +499,7 @@ class Nessa(Alignment):
         Share of hidden units that are left out in a step.
     seed : int
     progressbar : bool
-        Whether to show one over the steps.
+        Whether to show one over the closed forms and the steps.
 
     Raises
     ------
@@ -571,12 +576,15 @@ class Nessa(Alignment):
         folds = self._folds(pairs)
         start, cost = self._choose_start(folds[: _needed_folds(_CHOICE_SPEAKERS, pairs)])
         details = {"start": [*start[0], start[1]], "start_cost": cost, "steps": 0, "cost": cost}
-        with tqdm(desc="alignment", unit="step", disable=not self.progressbar, leave=False) as bar:
+        with self._bar("alignment", "step") as bar:
             if folds and self.max_steps:
                 details |= self._choose_steps(folds[: _needed_folds(_STEPS_SPEAKERS, pairs)], start, bar)
             training = _Training(pairs, self._start(pairs, start), self._options, self.seed)
             training.advance(details["steps"], bar)
         return training.averaged, details
+
+    def _bar(self, what, unit):
+        return tqdm(desc=what, unit=unit, disable=not self.progressbar, leave=False, delay=1)
 
     def _folds(self, pairs):
         """Kept embeddings and held-out trials, of each fold; none where speakers are too few."""
@@ -600,11 +608,13 @@ class Nessa(Alignment):
         if not folds:
             return (_WITHOUT_CHOICE, self._default_start), None
         costs = {}
-        for kept, held_out in folds:
-            for key, both_maps in closed_forms(kept):
-                for name, maps in self._starts(both_maps, kept).items():
-                    tensors = start_tensors(kept, maps, 1, torch.Generator().manual_seed(self.seed))
-                    costs[key, name] = costs.get((key, name), 0) + held_out.cost(tensors) / len(folds)
+        with self._bar("closed forms", "form") as bar:
+            for kept, held_out in folds:
+                for key, both_maps in closed_forms(kept):
+                    for name, maps in self._starts(both_maps, kept).items():
+                        tensors = start_tensors(kept, maps, 1, torch.Generator().manual_seed(self.seed))
+                        costs[key, name] = costs.get((key, name), 0) + held_out.cost(tensors) / len(folds)
+                    bar.update()
         start = min(costs, key=costs.get)
         return start, costs[start]
 

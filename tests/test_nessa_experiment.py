@@ -480,8 +480,9 @@ def read_csv(path):
 
 
 @pytest.mark.parametrize("kind", ["procrustes", "nessa"])
-def test_an_alignment_is_fitted_tested_and_calibrated(fit, recordings, kind):
+def test_an_alignment_is_fitted_tested_and_calibrated(fit, recordings, kind, capsys):
     out = fit(alignment=kind, max_steps=20, hidden_size=8, alignment_csv=recordings["many"])
+    assert ("NESSA" in capsys.readouterr().out) == (kind == "nessa")
     alignment = load_alignment(out / "alignment")
     models = [FakeEncoder(out.parent / side) for side in ("enroll", "runtime")]
     assert alignment.name == kind
@@ -502,6 +503,20 @@ def test_an_alignment_is_fitted_tested_and_calibrated(fit, recordings, kind):
         assert float(row["test_false_accept_rate"]) == pytest.approx(accepted)
     assert (out / "report.png").stat().st_size > 0
     assert list((out / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("steps", "cost", "max_steps", "words"),
+    [
+        (40, 0.2, 400, "trained for 40 steps on 12 speakers: the cost of held-out speakers (0 to 1) is 0.200, was 0.500"),
+        (0, 0.5, 400, "a closed form of 12 speakers, which training did not improve: the cost"),
+        (0, 0.5, 0, "a closed form of 12 speakers: the cost"),
+        (0, None, 400, "none can be held out"),
+    ],
+)
+def test_what_training_did_is_said_in_words(train_alignment, steps, cost, max_steps, words):
+    details = {"num_speakers": 12, "steps": steps, "cost": cost, "start_cost": 0.5}
+    assert words in train_alignment.fit_sentence(SimpleNamespace(details=details), max_steps)
 
 
 def test_trials_of_a_list(fit, tmp_path):

@@ -142,11 +142,24 @@ def threshold_rows(rates, scores, trials):
     return rows
 
 
-def report(options, rows, thresholds, curves, history):
+def fit_sentence(alignment, max_steps):
+    """What came of NESSA's training, in words."""
+    details = alignment.details
+    speakers = f"{details['num_speakers']} speakers"
+    if details["cost"] is None:
+        return f"NESSA is a closed form: of {speakers} none can be held out to train on the others"
+    cost = f"the cost of held-out speakers (0 to 1) is {details['cost']:.3f}"
+    if details["steps"]:
+        return f"NESSA was trained for {details['steps']} steps on {speakers}: {cost}, was {details['start_cost']:.3f}"
+    why = ", which training did not improve" if max_steps else ""
+    return f"NESSA is a closed form of {speakers}{why}: {cost}"
+
+
+def report(options, alignment, rows, thresholds, curves):
     """Write the tables, the figure and TensorBoard's events; print what matters."""
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = Path(options["output_folder"])
+    folder, history = Path(options["output_folder"]), alignment.history
     write_table(folder / "results.csv", rows)
     if thresholds:
         write_table(folder / "thresholds.csv", thresholds)
@@ -163,6 +176,8 @@ def report(options, rows, thresholds, curves, history):
             for measure in ("eer", "min_dcf"):
                 writer.add_scalar(f"{measure}/{row['split']}/{row['system'].replace(' ', '_')}", row[measure], 0)
         writer.add_figure("report", figure, 0)
+    if alignment.name in NESSA_KINDS:
+        print(fit_sentence(alignment, options["max_steps"]))
     for row in rows:
         rate, low, high = (f"{100 * row[name]:.2f}" for name in ("eer", "eer_low", "eer_high"))
         interval = f"(95 %: {low} to {high})"
@@ -198,9 +213,10 @@ def main(argv):
             for split in SPLITS
         }
         kind = options["alignment"]
+        own_options = {name: options[name] for name in OPTIONS_OF.get(kind, ())}
         alignment = fit_alignment(
             kind,
-            {name: options[name] for name in OPTIONS_OF.get(kind, ())},
+            {**own_options, "progressbar": True} if kind in NESSA_KINDS else own_options,
             (embeddings["enroll", "alignment"], embeddings["runtime", "alignment"]),
             [utterance.speaker for utterance in utterances["alignment"]],
             (encoders["enroll"], encoders["runtime"]),
@@ -219,7 +235,7 @@ def main(argv):
         ids = encoders["enroll"].model_id, encoders["runtime"].model_id
         alignment.save(Path(options["output_folder"]) / ALIGNMENT_FOLDER, *ids)
         curves = {name: (each, trials["test"].labels) for name, each in scores["test"].items()}
-    report(options, rows, thresholds, curves, alignment.history)
+    report(options, alignment, rows, thresholds, curves)
     del lock
 
 
