@@ -18,6 +18,7 @@ from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
 from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from speechbrain.lobes.models.ResNet import ResNet
 from speechbrain.lobes.models.Xvector import Xvector
 from speechbrain.nnet.pooling import StatisticsPooling
 from speechbrain.processing.features import InputNormalization
@@ -51,25 +52,36 @@ _DEFAULT_RATE = 16000  # Hz, of published folders, which do not tell it
 _WINDOW_SECONDS = 60.0  # longer recordings are embedded in pieces, so that memory does not grow with their length
 _SILENT_PEAK = 1e-4  # of full scale: not more than the dither of a 16-bit file
 _MAX_LABEL_BYTES = 2**21  # VoxCeleb's 7,205 speakers take about 150 kB
-_LABEL_LINE = re.compile(r"""('(?:[^'\\\n]|\\['"\\nrt])*'|"(?:[^"\\\n]|\\['"\\nrt])*") => (\d{1,9})""")
-_WIRED = ("compute_features", "mean_var_norm", "embedding_model")
+_ESCAPE = r"""\\(?:['"\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5})"""  # as Python's repr writes them
+_LABEL_LINE = re.compile(rf"""('(?:[^'\\\n]|{_ESCAPE})*'|"(?:[^"\\\n]|{_ESCAPE})*") => (\d{{1,9}})""")
 
-_FEATURES = {"speechbrain.lobes.features.Fbank": Fbank}
-_NORMS = {"speechbrain.processing.features.InputNormalization": InputNormalization}
-_MODELS = {
-    "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ECAPA_TDNN,
-    "speechbrain.lobes.models.Xvector.Xvector": Xvector,
+# What is built: by its place in the YAML, from the allowed paths to the classes.
+_BUILT = {
+    "compute_features": {"speechbrain.lobes.features.Fbank": Fbank},
+    "mean_var_norm": {"speechbrain.processing.features.InputNormalization": InputNormalization},
+    "embedding_model": {
+        "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ECAPA_TDNN,
+        "speechbrain.lobes.models.ResNet.ResNet": ResNet,
+        "speechbrain.lobes.models.Xvector.Xvector": Xvector,
+    },
 }
-_COSINE_CLASSIFIER = "speechbrain.lobes.models.ECAPA_TDNN.Classifier"
-_ACTIVATIONS = {f"torch.nn.{name}": getattr(torch.nn, name) for name in ("ReLU", "LeakyReLU", "PReLU", "GELU", "SiLU")}
-# What else published folders name; it is not built.
-_NOT_BUILT = (
-    _COSINE_CLASSIFIER,
-    "speechbrain.lobes.models.Xvector.Classifier",
-    "speechbrain.dataio.encoder.CategoricalEncoder",
-    "speechbrain.dataio.preprocess.AudioNormalizer",
-    "speechbrain.utils.parameter_transfer.Pretrainer",
-    "torch.nn.Identity",
+_ACTIVATIONS = {
+    f"!name:torch.nn.{name}": getattr(torch.nn, name) for name in ("ReLU", "LeakyReLU", "PReLU", "GELU", "SiLU")
+}
+_COSINE_CLASSIFIERS = (
+    "!new:speechbrain.lobes.models.ECAPA_TDNN.Classifier",  # that of an exported folder
+    "!new:speechbrain.lobes.models.ResNet.Classifier",  # the same under another name
+)
+# What a YAML may name: that, and what else published folders name, which is not built.
+_NAMED = (
+    *(f"!new:{path}" for classes in _BUILT.values() for path in classes),
+    *_ACTIVATIONS,
+    *_COSINE_CLASSIFIERS,
+    "!new:speechbrain.lobes.models.Xvector.Classifier",
+    "!new:speechbrain.dataio.encoder.CategoricalEncoder",
+    "!new:speechbrain.dataio.preprocess.AudioNormalizer",
+    "!new:speechbrain.utils.parameter_transfer.Pretrainer",
+    "!new:torch.nn.Identity",
 )
 # The largest numbers of the wiring, so that nothing enormous is built before the weights are seen.
 _LIMITS = {
@@ -83,6 +95,7 @@ _LIMITS = {
     "left_frames": 50,
     "right_frames": 50,
     "tdnn_blocks": 64,
+    "block_sizes": 64,
     "res2net_scale": 64,
     "kernel_sizes": 99,
     "tdnn_kernel_sizes": 99,
@@ -213,9 +226,9 @@ class SpeakerEncoder:
         Arguments
         ---------
         source : str or Path
-            A folder from :func:`export_encoder`, or the folder of a run that holds one; an ECAPA-TDNN or x-vector in
-            the form of SpeechBrain's ``EncoderClassifier``; or its name on the Hugging Face hub, such as
-            ``speechbrain/spkrec-ecapa-voxceleb``, with ``@revision`` where one is to be pinned. From there it is
+            A folder from :func:`export_encoder`, or the folder of a run that holds one; an ECAPA-TDNN, ResNet or
+            x-vector in the form of SpeechBrain's ``EncoderClassifier``; or its name on the Hugging Face hub, such
+            as ``speechbrain/spkrec-ecapa-voxceleb``, with ``@revision`` where one is to be pinned. From there it is
             downloaded into the hub's own cache.
         savedir : str, optional
             Not used: SpeechBrain's calls name it.
@@ -241,12 +254,13 @@ class SpeakerEncoder:
             raise ValueError(f"The model folder {folder} holds no {HPARAMS_FILE}.") from None
         plan = read_plan(text, path)
         _check_named(text, path)
-        wiring = {name: plan.get(name) for name in _WIRED}
-        if "sample_rate" in plan and plan["sample_rate"] != _sample_rate(wiring, path):
-            raise ValueError(
-                f"{path}: sample_rate is {plan['sample_rate']!r}, but its features are of "
-                f"{_sample_rate(wiring, path)} Hz."
-            )
+        absent = [name for name in _BUILT if name not in plan]
+        if absent:  # such as those that take a mel spectrogram instead of audio
+            raise ValueError(f"{path} holds no {absent[0]}: it is not in the form of SpeechBrain's EncoderClassifier.")
+        wiring = {name: plan[name] for name in _BUILT}
+        rate = _sample_rate(wiring, path)
+        if plan.get("sample_rate", rate) != rate:
+            raise ValueError(f"{path}: sample_rate is {plan['sample_rate']!r}, but its features are of {rate} Hz.")
         _build_modules(wiring, path, "meta")  # a wiring that cannot be is told before the weights are read
         state = read_state(folder / MODEL_FILE)
         weight, speakers = _read_classifier(plan.get("classifier"), folder), _read_speakers(folder)
@@ -301,10 +315,8 @@ class SpeakerEncoder:
         embeddings = torch.empty(len(wavs), self.embedding_size, device=self.device)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()
-            embeddings[rows.to(self.device)] = self._encode(wavs[rows.to(wavs.device), :length])
-        if not embeddings.isfinite().all():
-            first = int((~embeddings.isfinite().all(-1)).nonzero()[0])
-            raise ValueError(f"Item {first} of the batch gives no finite embedding: its samples are not finite.")
+            names = [f"Item {row} of the batch" for row in rows.tolist()]
+            embeddings[rows.to(self.device)] = self._encode(wavs[rows.to(wavs.device), :length], names)
         return embeddings
 
     def encode_recording(self, recording, name=None):
@@ -331,8 +343,7 @@ class SpeakerEncoder:
             If it is missing, no audio, silent, too short or not finite: its name, and the fault.
         """
         name = name or (str(recording) if isinstance(recording, str | Path) else "the recording")
-        samples = self._read(recording, name)
-        return self._encode_samples(samples, name)
+        return self._encode_pieces(self._read(recording, name)[None], [name])[0]
 
     def encode_utterances(self, utterances, progressbar=True, batch_seconds=60.0):
         """The embeddings of many utterances.
@@ -358,49 +369,44 @@ class SpeakerEncoder:
         """
         embeddings = torch.empty(len(utterances), self.embedding_size)
         order = sorted(range(len(utterances)), key=lambda k: utterances[k].duration_s)
-        waiting = []  # (row, samples) of one length
+        waiting = []  # (row, name, samples) of one length
         with tqdm(total=len(utterances), desc="embeddings", disable=not progressbar, delay=1, leave=False) as bar:
 
             def encode_waiting():
-                rows, signals = zip(*waiting, strict=True)
-                embeddings[list(rows)] = self._encode(torch.from_numpy(np.stack(signals))).cpu()
+                rows, names, signals = zip(*waiting, strict=True)
+                embeddings[list(rows)] = self._encode_pieces(np.stack(signals), names).cpu()
                 bar.update(len(rows))
                 waiting.clear()
 
             for row in order:
                 name = f"{utterances[row].path} ({utterances[row].id})"
                 samples = self._checked(read_utterance(utterances[row], self.sample_rate), name)
-                is_long = len(samples) > _WINDOW_SECONDS * self.sample_rate
                 is_full = (len(waiting) + 1) * len(samples) > batch_seconds * self.sample_rate
-                if waiting and (is_full or len(waiting[0][1]) != len(samples)):
+                if waiting and (is_full or len(waiting[0][2]) != len(samples)):
                     encode_waiting()
-                if is_long:
-                    embeddings[row] = self._encode_samples(samples, name).cpu()
-                    bar.update(1)
-                else:
-                    waiting.append((row, samples))
+                waiting.append((row, name, samples))
             if waiting:
                 encode_waiting()
         return embeddings
 
-    def _encode(self, wavs):
-        """Embeddings ``[B, D]`` of items ``[B, T]`` of equal length."""
+    def _encode(self, wavs, names):
+        """Embeddings ``[B, D]`` of items ``[B, T]`` of equal length, which messages call by their names."""
         with torch.inference_mode():
             shares = torch.ones(len(wavs), device=self.device)
             features = self.mods["compute_features"](wavs.to(self.device, torch.float32))  # (B, frames, mels)
             features = self.mods["mean_var_norm"](features, shares)
-            embeddings = self.mods["embedding_model"](features)[:, 0]  # (B, D)
+            embeddings = self.mods["embedding_model"](features).flatten(1)  # (B, D), also of (B, 1, D)
+        for name, is_finite in zip(names, embeddings.isfinite().all(-1).tolist(), strict=True):
+            if not is_finite:
+                raise ValueError(f"{name} gives no finite embedding: its samples are not finite, or far too large.")
         return embeddings.clone()  # those of inference mode could not be learned from
 
-    def _encode_samples(self, samples, name):
-        """The embedding ``[D]`` of checked samples of any length."""
-        num_pieces = math.ceil(len(samples) / (_WINDOW_SECONDS * self.sample_rate))
-        length = len(samples) // num_pieces
-        pieces = torch.from_numpy(samples[: length * num_pieces].reshape(num_pieces, length))
-        embeddings = torch.cat([self._encode(piece[None]) for piece in pieces])  # (pieces, D)
-        if not embeddings.isfinite().all():
-            raise ValueError(f"{name} gives no finite embedding.")
-        return embeddings.mean(0)
+    def _encode_pieces(self, signals, names):
+        """Embeddings ``[B, D]`` of checked signals ``[B, T]`` of equal length, however long."""
+        num_pieces = math.ceil(signals.shape[1] / (_WINDOW_SECONDS * self.sample_rate))
+        length = signals.shape[1] // num_pieces
+        pieces = torch.from_numpy(signals[:, : length * num_pieces]).split(length, 1)  # of (B, length)
+        return torch.stack([self._encode(piece, names) for piece in pieces]).mean(0)
 
     def _read(self, recording, name):
         """The samples ``[T]`` of a recording at the model's rate, as one channel."""
@@ -410,8 +416,13 @@ class SpeakerEncoder:
         try:
             samples, rate = recording
             samples = np.asarray(samples.detach().cpu() if isinstance(samples, torch.Tensor) else samples)
-            full_scale = -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else 1.0
-            samples = samples.astype(np.float32) / np.float32(full_scale)
+            if samples.dtype.kind in "iu":  # those without a sign have their silence in the middle
+                least, most = np.iinfo(samples.dtype).min, np.iinfo(samples.dtype).max
+                full_scale = (most - least + 1) / 2
+                samples = (samples - (least + full_scale)) / full_scale
+            elif samples.dtype.kind != "f":
+                raise TypeError("not of real numbers")
+            samples = samples.astype(np.float32)
         except (TypeError, ValueError):
             raise ValueError(f"{name} can only be given as (samples, sample rate).") from None
         if samples.ndim not in (1, 2) or samples.size == 0:
@@ -438,13 +449,10 @@ class SpeakerEncoder:
         """The embedding's size; refuses a model whose parts do not fit each other."""
         signal = torch.arange(self.sample_rate // 2).remainder(37)[None] / 37 - 0.5  # (1, T), any will do
         try:
-            embedding = self._encode(signal)
+            return self._encode(signal, ["a signal"]).shape[1]
         except Exception as error:  # the parts may be anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{where} does not embed: {reason}") from None
-        if embedding.dim() != 2 or not embedding.isfinite().all():
-            raise ValueError(f"{where} does not embed: its embeddings are not finite, or not one per item.")
-        return embedding.shape[1]
 
 
 def training_wiring(hparams_file, overrides=""):
@@ -472,7 +480,7 @@ def training_wiring(hparams_file, overrides=""):
         text = Path(hparams_file).read_text(encoding="utf-8")
         tree = YAML().load(resolve_references(text, overrides or None))
         stream = io.StringIO()
-        YAML().dump({name: tree[name] for name in _WIRED}, stream)
+        YAML().dump({name: tree[name] for name in _BUILT}, stream)
     except KeyError as error:
         raise ValueError(f"{hparams_file} holds no {error.args[0]}.") from None
     except Exception as error:  # a YAML can be wrong in any way
@@ -514,7 +522,7 @@ def export_encoder(folder, wiring, embedding_model, classifier_weight=None, spea
     again = copy.copy(encoder)
     again.mods = {**encoder.mods, "embedding_model": trained}
     signal = torch.randn(1, encoder.sample_rate, generator=torch.Generator().manual_seed(0))
-    expected, got = again._encode(signal), encoder._encode(signal)
+    expected, got = (each._encode(signal, ["the trained model"]) for each in (encoder, again))
     if not torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())):
         raise ValueError("The YAML and its options do not fit the trained model: its embeddings differ.")
     text = _write_yaml(encoder, None if classifier_weight is None else len(classifier_weight))
@@ -565,37 +573,27 @@ def _make_steady(embedding_model):
 
 def _build_modules(wiring, where, device):
     """The three modules of a wiring; the embedding model on a device, in eval mode."""
-    for name in _WIRED:
-        plan = wiring.get(name)
-        for argument, value in (plan.arguments or {} if isinstance(plan, Plan) else {}).items():
-            if isinstance(value, list) and len(value) > _MAX_LAYERS:
-                raise ValueError(
-                    f"{where}: {name}.{argument} can only have up to {_MAX_LAYERS} values, but got {len(value)}."
-                )
-    features = build(wiring["compute_features"], _FEATURES, f"{where}: compute_features", _LIMITS, device="cpu")
-    if features.requires_grad:
+    modules = {}
+    for name, classes in _BUILT.items():
+        place, plan = f"{where}: {name}", wiring.get(name)
+        planned_class(plan, classes, place)
+        replaced = {}
+        for argument, value in plan.arguments.items():
+            if isinstance(value, dict) or (isinstance(value, list) and len(value) > _MAX_LAYERS):
+                raise ValueError(f"{place}.{argument} can only have up to {_MAX_LAYERS} values, but got {value!r:.80}.")
+            if argument == "activation":
+                if not isinstance(value, Plan) or value.tag not in _ACTIVATIONS or value.arguments:
+                    expected, tag = f"{', '.join(_ACTIVATIONS)} without arguments", getattr(value, "tag", value)
+                    raise ValueError(f"{place}.activation can only be one of {expected}, but got {tag!r:.80}.")
+                replaced[argument] = _ACTIVATIONS[value.tag]
+        place_of_weights = device if name == "embedding_model" else "cpu"
+        modules[name] = build(plan, classes, place, _LIMITS, place_of_weights, **replaced).eval()
+    if modules["compute_features"].requires_grad:
         raise ValueError(f"{where}: compute_features can only have fixed filters, but got requires_grad: True.")
-    norm = build(wiring["mean_var_norm"], _NORMS, f"{where}: mean_var_norm", device="cpu")
-    if norm.norm_type != "sentence":
-        raise ValueError(f"{where}: mean_var_norm can only have norm_type sentence, but got {norm.norm_type!r}.")
-    plan = wiring["embedding_model"]
-    planned_class(plan, _MODELS, f"{where}: embedding_model")
-    replaced = {}
-    if "activation" in plan.arguments:
-        replaced["activation"] = _activation(plan.arguments["activation"], where)
-    model = build(plan, _MODELS, f"{where}: embedding_model", _LIMITS, device, **replaced)
-    return {"compute_features": features, "mean_var_norm": norm, "embedding_model": model.eval()}
-
-
-def _activation(plan, where):
-    tag = plan.tag if isinstance(plan, Plan) else str(plan)
-    path = tag.removeprefix("!name:")
-    if path not in _ACTIVATIONS or plan.arguments:
-        raise ValueError(
-            f"{where}: activation can only be one of {', '.join(f'!name:{name}' for name in _ACTIVATIONS)} without "
-            f"arguments, but got {tag!r}."
-        )
-    return _ACTIVATIONS[path]
+    norm_type = modules["mean_var_norm"].norm_type
+    if norm_type != "sentence":
+        raise ValueError(f"{where}: mean_var_norm can only have norm_type sentence, but got {norm_type!r}.")
+    return modules
 
 
 def _sample_rate(wiring, where):
@@ -611,7 +609,7 @@ def _sample_rate(wiring, where):
 
 def _check_named(text, where):
     """Refuse a YAML that names anything but the parts of such a model, even where nothing needs it."""
-    allowed = {*_FEATURES, *_NORMS, *_MODELS, *_ACTIVATIONS, *_NOT_BUILT}
+    allowed = {tag.partition(":")[2] for tag in _NAMED}
     for tag in tags(YAML().compose(text)):
         prefix, _, path = tag.partition(":")
         if prefix in ("!new", "!name") and path not in allowed:
@@ -621,7 +619,7 @@ def _check_named(text, where):
 def _read_classifier(plan, folder):
     """The weight ``[S, D]`` of a cosine classifier; None for none, or another kind."""
     path = folder / CLASSIFIER_FILE
-    is_cosine = isinstance(plan, Plan) and plan.tag == f"!new:{_COSINE_CLASSIFIER}"
+    is_cosine = isinstance(plan, Plan) and plan.tag in _COSINE_CLASSIFIERS
     if not is_cosine or not path.exists() or (plan.arguments or {}).get("lin_blocks", 0) != 0:
         return None
     state = read_state(path)
@@ -635,44 +633,35 @@ def _read_speakers(folder):
 
     The file is text of SpeechBrain's ``CategoricalEncoder``: a Python string and a number on each line.
     """
-    for name in LABEL_FILES:
-        path = folder / name
-        if not path.exists():
-            continue
-        if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_LABEL_BYTES:
-            raise ValueError(f"{path} can only be a file of up to {_MAX_LABEL_BYTES} bytes.")
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is no list of speakers: it is not text.") from None
-        names = {}
-        for number, line in enumerate(lines, 1):
-            if line.startswith("====") or not line:
-                break
-            found = _LABEL_LINE.fullmatch(line)
-            if found is None:
-                raise ValueError(f"{path}, line {number}: expected 'name' => number, but got {line[:80]!r}.")
-            names[int(found[2])] = ast.literal_eval(found[1])  # one string in quotes: its escapes are undone
-        if sorted(names) != list(range(len(names))):
-            raise ValueError(f"{path} can only number its {len(names)} speakers from 0 on without a gap.")
-        return [names[index] for index in range(len(names))]
-    return None
-
-
-def _plain(value):
-    """A plan as plain data that JSON takes."""
-    if isinstance(value, Plan):
-        return {"class": value.tag, "arguments": _plain(value.arguments)}
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    path = next((folder / name for name in LABEL_FILES if (folder / name).exists()), None)
+    if path is None:
+        return None
+    if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_LABEL_BYTES:
+        raise ValueError(f"{path} can only be a file of up to {_MAX_LABEL_BYTES} bytes.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no list of speakers: it is not text.") from None
+    names = {}
+    for number, line in enumerate(lines, 1):
+        if line.startswith("====") or not line:
+            break
+        found = _LABEL_LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"{path}, line {number}: expected 'name' => number, but got {line[:80]!r}.")
+        names[int(found[2])] = ast.literal_eval(found[1])  # one string in quotes: its escapes are undone
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{path} can only number its {len(names)} speakers from 0 on without a gap.")
+    return [names[index] for index in range(len(names))]
 
 
 def _hash(wiring, state):
     """16 hexadecimal digits of the wiring and the weights."""
-    digest = hashlib.sha256(json.dumps(_plain(wiring), sort_keys=True).encode())
+
+    def plain(value):
+        return {"class": value.tag, "arguments": value.arguments} if isinstance(value, Plan) else str(value)
+
+    digest = hashlib.sha256(json.dumps(wiring, sort_keys=True, default=plain).encode())
     for name in sorted(state):
         tensor = state[name].contiguous()
         if tensor.is_floating_point():  # batch norm also counts its batches, which changes no embedding
@@ -683,23 +672,21 @@ def _hash(wiring, state):
 
 def _write_yaml(encoder, num_speakers):
     """The YAML of an exported folder."""
+    plans = {name: encoder.wiring[name] for name in _BUILT}
+    if num_speakers is None:  # a contrastive loss has none, but SpeechBrain asks for one
+        plans["classifier"] = Plan("!new:torch.nn.Identity", {})
+    else:
+        sizes = {"input_size": encoder.embedding_size, "out_neurons": num_speakers}
+        plans["classifier"] = Plan(_COSINE_CLASSIFIERS[0], sizes)
+        plans["label_encoder"] = Plan("!new:speechbrain.dataio.encoder.CategoricalEncoder", {})
     parts = [_HEADER, f"sample_rate: {encoder.sample_rate}\n"]
-    for name in _WIRED:
-        plan = encoder.wiring[name]
+    for name, plan in plans.items():
         parts.append(f"\n{name}: {plan.tag}\n")
         for argument, value in plan.arguments.items():
-            if isinstance(value, Plan):
-                parts.append(f"  {argument}: {value.tag}\n")
-            else:
-                text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-                parts.append(f"  {argument}: {text}\n")
-    if num_speakers is None:  # a contrastive loss has none, but SpeechBrain asks for one
-        return "".join(parts) + "\nclassifier: !new:torch.nn.Identity\n" + _FOOTER
-    return (
-        "".join(parts)
-        + f"\nclassifier: !new:{_COSINE_CLASSIFIER}\n  input_size: {encoder.embedding_size}\n"
-        + f"  out_neurons: {num_speakers}\n"
-        + "\nlabel_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder\n"
-        + _FOOTER
-        + "    classifier: !ref <classifier>\n    label_encoder: !ref <label_encoder>\n"
-    )
+            is_plan = isinstance(value, Plan)
+            text = value.tag if is_plan else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+            parts.append(f"  {argument}: {text.strip().removesuffix('...').strip()}\n")
+    parts.append(_FOOTER)
+    if num_speakers is not None:
+        parts.append("    classifier: !ref <classifier>\n    label_encoder: !ref <label_encoder>\n")
+    return "".join(parts)

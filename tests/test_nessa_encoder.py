@@ -14,16 +14,26 @@ from conftest import voice
 from nessa_modules import encoder as encoder_module
 from nessa_modules.corpora import Utterance
 from nessa_modules.encoder import MIN_SECONDS, SpeakerEncoder, export_encoder, training_wiring
-from shared_modules.model_files import Plan
+from shared_modules.model_files import Plan, read_plan
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "VoxCeleb" / "SpeakerAlignment"
 RATE = 8000
 SMALL = "sample_rate: 8000\nn_mels: 24\nn_fft: 256\nchannels: 16\nlast_channels: 24\nembedding_size: 12\n"
 SMALL_ECAPA = SMALL + "attention_channels: 8\nse_channels: 8\nres2net_scale: 4\n"
-KINDS = {"ecapa": SMALL_ECAPA, "xvector": SMALL}
+KINDS = {"ecapa": SMALL_ECAPA, "xvector": SMALL, "resnet": SMALL}
+SMALL_RESNET = {
+    "input_size": 24,
+    "channels": [4, 4, 8, 8],
+    "block_sizes": [1, 2, 1, 1],
+    "strides": [1, 2, 2, 2],
+    "lin_neurons": 12,
+}
 
 
 def wiring(kind):
+    if kind == "resnet":  # which has no recipe here
+        resnet = Plan("!new:speechbrain.lobes.models.ResNet.ResNet", dict(SMALL_RESNET))
+        return wiring("ecapa") | {"embedding_model": resnet}
     return training_wiring(RECIPE / "hparams" / f"{kind}.yaml", KINDS[kind])
 
 
@@ -91,7 +101,7 @@ def test_the_exported_folder_loads_in_stock_speechbrain(kind, num_speakers, tmp_
     assert torch.equal(ours.encode_batch(wavs), encoder.encode_batch(wavs))
     for interface in (EncoderClassifier, SpeakerRecognition):
         theirs = interface.from_hparams(str(folder), savedir=str(tmp_path / interface.__name__))
-        assert torch.allclose(theirs.encode_batch(wavs)[:, 0], ours.encode_batch(wavs), atol=1e-4)
+        assert torch.allclose(theirs.encode_batch(wavs).flatten(1), ours.encode_batch(wavs), atol=1e-4)
     if not num_speakers:
         assert ours.classifier_weight is None
         assert ours.speakers is None
@@ -112,10 +122,11 @@ def test_stock_speechbrain_resamples_to_the_models_rate(exported, tmp_path):
     assert theirs.audio_normalizer.sample_rate == RATE
 
 
-# The wiring of speechbrain/spkrec-ecapa-voxceleb and spkrec-xvect-voxceleb, with fewer channels.
+# The wiring of speechbrain's spkrec-ecapa-voxceleb, spkrec-xvect-voxceleb and spkrec-resnet-voxceleb, made small;
+# LanceaKing/spkrec-ecapa-cnceleb has that of the first.
 PUBLISHED = """
 n_mels: {n_mels}
-pretrained_path: speechbrain/spkrec-{kind}-voxceleb
+pretrained_path: {folder}
 out_n_neurons: 6
 compute_features: !new:speechbrain.lobes.features.Fbank
     n_mels: !ref <n_mels>
@@ -175,32 +186,134 @@ PUBLISHED_KINDS = {
     lin_blocks: 1
     lin_neurons: 12""",
     },
+    "resnet": {
+        "n_mels": 80,
+        "model": """ResNet.ResNet
+    input_size: !ref <n_mels>
+    channels: [4, 4, 8, 8]
+    strides: [1, 2, 2, 2]
+    block_sizes: [3, 4, 6, 3]
+    lin_neurons: 12""",
+        "classifier": "ResNet.Classifier\n    input_size: 12",
+    },
 }
 
 
-@pytest.mark.parametrize("kind", PUBLISHED_KINDS)
-def test_a_published_folder_is_read(kind, tmp_path):
+def publish(folder, kind):
+    """A folder as SpeechBrain publishes them, made by its own classes alone."""
     from hyperpyyaml import load_hyperpyyaml
 
-    text = PUBLISHED.format(kind=kind, **PUBLISHED_KINDS[kind])
+    torch.manual_seed(0)
+    text = PUBLISHED.format(folder=folder, **PUBLISHED_KINDS[kind])
     built = load_hyperpyyaml(text)
-    modules = {name: built[name].eval() for name in ("embedding_model", "classifier")}
-    for name, module in modules.items():
-        torch.save(module.state_dict(), tmp_path / f"{name}.ckpt")
-    torch.save({"count": 1, "glob_mean": torch.zeros(12)}, tmp_path / "mean_var_norm_emb.ckpt")
-    (tmp_path / "hyperparams.yaml").write_text(text)
+    for name in ("embedding_model", "classifier"):
+        state = built[name].state_dict()
+        for key in state:
+            if "running" in key:
+                state[key] = torch.rand_like(state[key]) + 0.5
+        torch.save(state, folder / f"{name}.ckpt")
+    torch.save(
+        {"count": 1, "glob_mean": torch.zeros(12), "glob_std": torch.ones(12)}, folder / "mean_var_norm_emb.ckpt"
+    )
+    (folder / "hyperparams.yaml").write_text(text)
     names = "".join(f"'id1000{number}' => {number}\n" for number in (2, 0, 1, 3, 5, 4))
-    (tmp_path / "label_encoder.txt").write_text(f"{names}================\n'starting_index' => 0\n")
+    (folder / "label_encoder.txt").write_text(f"{names}================\n'starting_index' => 0\n")
 
-    encoder = SpeakerEncoder.from_hparams(tmp_path)
+
+@pytest.mark.parametrize("kind", PUBLISHED_KINDS)
+def test_a_published_folder_embeds_as_in_stock_speechbrain(kind, tmp_path):
+    from speechbrain.inference import EncoderClassifier
+
+    folder = tmp_path / "published"
+    folder.mkdir()
+    publish(folder, kind)
+    stock = EncoderClassifier.from_hparams(str(folder), savedir=str(tmp_path / "stock"))
+    encoder = SpeakerEncoder.from_hparams(folder)
     assert encoder.sample_rate == 16000
     assert encoder.speakers == [f"id1000{number}" for number in range(6)]
-    assert (encoder.classifier_weight is None) == (kind == "xvect")  # several layers are no direction per speaker
-    wavs = torch.from_numpy(speech(0.6, rate=16000))[None]
-    with torch.no_grad():
-        features = built["mean_var_norm"](built["compute_features"](wavs), torch.ones(1))
-        expected = modules["embedding_model"](features)[:, 0]
-    assert torch.allclose(encoder.encode_batch(wavs), expected, atol=1e-4)
+
+    wavs = torch.from_numpy(np.stack([speech(0.6, seed, rate=16000) for seed in range(3)]))
+    tolerance = 1e-4 if kind == "xvect" else 1e-5  # SpeechBrain's x-vector adds noise
+    expected = stock.encode_batch(wavs).reshape(3, 12)
+    assert expected.std(0).mean() > 10 * tolerance
+    assert torch.allclose(encoder.encode_batch(wavs), expected, atol=tolerance)
+
+    lengths = [9600, 4800, 6000]
+    wavs = torch.where(torch.arange(9600) < torch.tensor(lengths)[:, None], wavs, 0.7)
+    together = encoder.encode_batch(wavs, torch.tensor(lengths) / 9600)
+    for row, length in enumerate(lengths):
+        alone = stock.encode_batch(wavs[row : row + 1, :length]).flatten()
+        assert torch.allclose(together[row], alone, atol=tolerance)
+
+    if kind == "xvect":  # several layers are no direction per speaker
+        assert encoder.classifier_weight is None
+        return
+    scores = stock.classify_batch(wavs[:1])[0]
+    assert torch.allclose(torch.cosine_similarity(together[:1], encoder.classifier_weight), scores, atol=1e-5)
+
+
+# spkrec-ecapa-voxceleb-mel-spec, for SpeechBrain's MelSpectrogramEncoder, and one that a transformer embeds for.
+OF_OTHER_FORMS = {
+    "holds no compute_features: it is not in the form of SpeechBrain's EncoderClassifier": """
+sample_rate: 16000
+n_mel_channels: 80
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+    input_size: !ref <n_mel_channels>
+    channels: [1024, 1024, 1024, 1024, 3072]
+    kernel_sizes: [5, 3, 3, 3, 1]
+    dilations: [1, 2, 3, 4, 1]
+    groups: [1, 1, 1, 1, 1]
+    attention_channels: 128
+    lin_neurons: 192
+normalizer: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+    std_norm: False
+modules:
+    normalizer: !ref <normalizer>
+    embedding_model: !ref <embedding_model>
+""",
+    "asks for !new:speechbrain.lobes.models.huggingface_transformers.wavlm.WavLM, which is no part": """
+wav2vec2: !new:speechbrain.lobes.models.huggingface_transformers.wavlm.WavLM
+    source: microsoft/wavlm-large
+    save_path: wavlm_checkpoint
+""",
+}
+
+
+@pytest.mark.parametrize("sentence", OF_OTHER_FORMS)
+def test_a_published_folder_of_another_form_is_refused(sentence, tmp_path):
+    (tmp_path / "hyperparams.yaml").write_text(OF_OTHER_FORMS[sentence])
+    with pytest.raises(ValueError, match=sentence):
+        SpeakerEncoder.from_hparams(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "replacement", "sentence"),
+    [
+        ("block_sizes: [3, 4, 6, 3]", "block_sizes: [3, 4, 100000, 3]", "block_sizes can only be up to 64"),
+        (
+            "block_sizes: [3, 4, 6, 3]",
+            "block_sizes: {0: 99999, 1: 4, 2: 6, 3: 3}",
+            "block_sizes can only have up to 64",
+        ),
+        ("block_sizes: [3, 4, 6, 3]", "block_sizes: [3, 4, 6]", "cannot be built"),
+        ("block_sizes: [3, 4, 6, 3]", "block_sizes: [3, 4, 6, 4]", "do not fit"),
+        ("strides: [1, 2, 2, 2]", "strides: [0, 2, 2, 2]", "cannot be built"),
+        ("strides: [1, 2, 2, 2]", "strides: [1, -2, -2, 2]", "does not embed"),
+        ("channels: [4, 4, 8, 8]", "channels: [4, 4, 8, 100001]", "channels can only be up to 100000"),
+        ("channels: [4, 4, 8, 8]", "channels: [4, 4, 8, 90000]", "do not fit"),
+        ("ResNet.ResNet", "ResNet.SEBlock", "ResNet.SEBlock, which is no part"),
+        ("ResNet.Classifier", "ResNet.BasicBlock", "ResNet.BasicBlock, which is no part"),
+        ("lin_neurons: 12", "lin_neurons: 12\n    activation: !name:os.system", "os.system, which is no part"),
+    ],
+)
+def test_a_resnet_that_asks_for_something_else_is_refused(part, replacement, sentence, tmp_path):
+    publish(tmp_path, "resnet")
+    text = (tmp_path / "hyperparams.yaml").read_text()
+    assert part in text
+    (tmp_path / "hyperparams.yaml").write_text(text.replace(part, replacement, 1))
+    with pytest.raises(ValueError, match=sentence):
+        SpeakerEncoder.from_hparams(tmp_path)
 
 
 def test_the_full_size_recipes_are_the_published_models():
@@ -208,6 +321,22 @@ def test_the_full_size_recipes_are_the_published_models():
     for kind, num_weights in (("ecapa", 20_767_552), ("xvector", 4_211_604)):
         modules = encoder_module._build_modules(training_wiring(RECIPE / "hparams" / f"{kind}.yaml"), kind, "meta")
         assert sum(p.numel() for p in modules["embedding_model"].parameters()) == num_weights
+
+
+MODEL_IDS = {"ecapa": "6c2e1bb641c0c3a5", "xvect": "770790d95dc3ffed", "resnet": "b7aec74104c82781"}
+
+
+@pytest.mark.parametrize("kind", MODEL_IDS)
+def test_the_id_of_a_model_never_changes(kind):
+    """Stores of voice profiles know their models by it."""
+    plan = read_plan(PUBLISHED.format(folder="here", **PUBLISHED_KINDS[kind]), kind)
+    wiring = {name: plan[name] for name in ("compute_features", "mean_var_norm", "embedding_model")}
+    state = SpeakerEncoder(wiring).mods["embedding_model"].state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            numbers = torch.arange(tensor.numel()).reshape(tensor.shape)
+            state[name] = (numbers % 7 + 1) / 8 if name.endswith("running_var") else (numbers % 7 - 3) / 64
+    assert SpeakerEncoder(wiring, state).model_id == MODEL_IDS[kind]
 
 
 def test_the_id_is_of_the_wiring_and_the_weights_alone(exported, tmp_path):
@@ -262,6 +391,8 @@ def test_samples_may_be_integers_or_a_tensor():
     assert torch.equal(encoder.encode_recording((in_16_bits, RATE)), expected)
     tensor = torch.from_numpy(samples).requires_grad_()
     assert torch.equal(encoder.encode_recording((tensor, RATE)), expected)
+    without_sign = (in_16_bits.astype(np.int32) + 2**15).astype(np.uint16)  # as of files of 8 bits
+    assert torch.allclose(encoder.encode_recording((without_sign, RATE)), expected, atol=1e-6)
 
 
 def test_the_weights_are_a_copy():
@@ -294,6 +425,8 @@ def test_a_long_recording_is_embedded_in_pieces():
         ((np.zeros((2, 3, 4), np.float32), RATE), r"^the recording can only be samples .* got shape \[2, 3, 4\]"),
         ((speech(1), 0), "^the recording: its sample rate can only be 100 to 768000 Hz, but got 0"),
         ((speech(1), True), "but got True"),
+        ((speech(1) + 1j, RATE), r"^the recording can only be given as \(samples, sample rate\)"),
+        ((speech(1) > 0, RATE), r"^the recording can only be given as \(samples, sample rate\)"),
         (("a", "b", "c"), r"^the recording can only be given as \(samples, sample rate\)"),
         (b"no audio", "^the recording cannot be read as audio"),
         (b"", "^the recording is empty"),
@@ -366,6 +499,13 @@ def test_a_silent_utterance_is_named(tmp_path):
         small_encoder().encode_utterances(utterances, progressbar=False)
 
 
+def test_an_utterance_without_a_finite_embedding_is_named(tmp_path):
+    utterances = write_utterances(tmp_path, [0.5, 0.5, 0.4])
+    soundfile.write(utterances[1].path, speech(0.5) * 1e25, RATE, subtype="FLOAT")  # its energy is infinite
+    with pytest.raises(ValueError, match=r"1.wav \(u1\) gives no finite embedding"):
+        small_encoder().encode_utterances(utterances, progressbar=False)
+
+
 # What a folder may not ask for, by what is replaced in its YAML.
 HOSTILE = [
     ("!new:speechbrain.lobes.features.Fbank", "!new:os.system", "os.system"),
@@ -385,6 +525,8 @@ HOSTILE = [
     ("lin_neurons: 12", "lin_neurons: 13", "do not fit"),
     ("lin_neurons: 12", "lin_neurons: 12\n  activation: !name:os.system", "os.system, which is no part"),
     ("lin_neurons: 12", "lin_neurons: 12\n  activation: os.system", "activation can only be one of"),
+    ("lin_neurons: 12", "lin_neurons: 12\n  activation: torch.nn.ReLU", "activation can only be one of"),
+    ("lin_neurons: 12", "lin_neurons: 12\n  activation: !new:torch.nn.ReLU {}", "activation can only be one of"),
     ("lin_neurons: 12", "lin_neurons: 12\n  unheard_of: 1", "unheard_of"),
     ("n_mels: 24", "n_mels: 100000", "n_mels can only be up to 512"),
     ("n_mels: 24", "n_mels: 25", "does not embed"),
@@ -500,6 +642,15 @@ def test_a_folder_without_classifier_or_names_is_enough(exported, tmp_path):
     encoder = SpeakerEncoder.from_hparams(folder)
     assert encoder.classifier_weight is None
     assert encoder.model_id == exported[1].model_id
+
+
+def test_names_of_any_characters_come_back(tmp_path):
+    encoder = small_encoder()
+    names = ["Ada\u00a0L", "\u200bBo", "Zo\u00eb \U0001f600", "\x7f\\'\"\n", "\U000e0001"]
+    folder = export_encoder(
+        tmp_path / "exported", encoder.wiring, encoder.mods["embedding_model"], torch.randn(5, 12), names
+    )
+    assert SpeakerEncoder.from_hparams(folder).speakers == names
 
 
 def test_a_list_of_speakers_that_is_too_long(exported, tmp_path):
