@@ -21,7 +21,7 @@ from torch.nn import functional
 from shared_modules.files import write_whole
 from shared_modules.model_files import read_state, read_text_file
 
-ALIGNMENTS = ("none", "logit", "procrustes", "least_squares", "nessa", "nessa_runtime")
+ALIGNMENTS = ("none", "logit", "procrustes", "least_squares", "nessa_start", "nessa", "nessa_runtime")
 
 DESCRIPTION_FILE = "alignment.json"
 ALIGNMENT_FOLDER = "alignment"  # of a run
@@ -811,9 +811,10 @@ def choose_ridge(pairs, ridges=_RIDGES, seed=0):
 
 def _kinds():
     # Here, because the trained alignments build on this module.
-    from nessa_modules.nessa import Nessa, NessaRuntime
+    from nessa_modules.nessa import Nessa, NessaRuntime, NessaStart
 
-    classes = (NoAlignment, LogitAlignment, ProcrustesAlignment, LeastSquaresAlignment, Nessa, NessaRuntime)
+    closed_forms = (NoAlignment, LogitAlignment, ProcrustesAlignment, LeastSquaresAlignment, NessaStart)
+    classes = (*closed_forms, Nessa, NessaRuntime)
     return {each.name: each for each in classes}
 
 
@@ -824,7 +825,7 @@ def make_alignment(kind, **options):
     ---------
     kind : str
         One of :data:`ALIGNMENTS`: ``none``, ``logit``, ``procrustes``, ``least_squares``, ``nessa`` (both sides are
-        mapped) or ``nessa_runtime`` (only the runtime side is).
+        mapped), ``nessa_start`` (the same before its training) or ``nessa_runtime`` (only the runtime side is).
     **options
         Those of the kind's class.
 

@@ -17,6 +17,7 @@ import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from nessa_modules.trials import make_trials, recovered_gain, same_sex, speaker_
 from shared_modules.files import write_whole
 
 _SCORES_FORMAT = 1
+_CALLS = 5  # of what is timed, in a row
 
 
 # Data
@@ -242,7 +244,7 @@ def fit_alignment(kind, options, embeddings, speakers, encoders, seed=0):
     options = dict(options)
     if kind == "logit" and (weights := shared_classifier(*encoders)):
         options |= dict(zip(("enroll_weight", "runtime_weight"), weights, strict=True))
-    if kind in NESSA_KINDS:
+    if kind in (*NESSA_KINDS, "nessa_start"):
         options.setdefault("seed", seed)
     return make_alignment(kind, **options).fit(*embeddings, speakers)
 
@@ -421,7 +423,7 @@ def score_seeds(works, jobs=1, progressbar=True):
 # Costs
 
 
-def measure_costs(work, seconds=3.0, num_runs=30):
+def measure_costs(work, seconds=3.0, num_rounds=50):
     """Parameters, bytes and time of each alignment, and what it adds to the runtime model's time for an utterance.
 
     Arguments
@@ -430,14 +432,15 @@ def measure_costs(work, seconds=3.0, num_runs=30):
         Whose alignments are fitted.
     seconds : float
         Length of the utterance.
-    num_runs : int
-        Of which the median counts. On one thread.
+    num_rounds : int
+        In each round, model and alignments are timed in turn, on one thread; medians count.
 
     Returns
     -------
     list of dict
         A row for each asymmetric system: ``enroll``, ``runtime``, ``alignment``, ``parameters``, ``bytes``,
-        ``microseconds``, ``model_microseconds`` and ``share_of_model``, the ratio of the two.
+        ``microseconds``, ``model_microseconds`` and ``share_of_model``, the ratio of the two. Length-normalising and
+        checking the embedding are part of it; without an alignment they are all of it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -447,40 +450,44 @@ def measure_costs(work, seconds=3.0, num_runs=30):
             encoder = load_encoder(work.models[runtime])
             generator = torch.Generator().manual_seed(0)
             noise = 0.1 * torch.randn(1, round(seconds * encoder.sample_rate), generator=generator)
-            model_time = _median_time(lambda: encoder.encode_batch(noise), num_runs)  # noqa: B023
             embedding = torch.as_tensor(encoder.encode_batch(noise))
+            alignments = {}
             for kind in work.plan.alignments:
                 folder = alignment_folder(work.folder, work.seed, System(enroll, runtime, kind))
-                if not folder.exists():
-                    continue
-                alignment = load_alignment(folder)
-                own_time = _median_time(lambda: alignment.runtime(embedding), 10 * num_runs)  # noqa: B023
-                rows.append(
-                    {
-                        "enroll": enroll,
-                        "runtime": runtime,
-                        "alignment": kind,
-                        "parameters": alignment.num_parameters,
-                        "bytes": alignment.num_bytes,
-                        "microseconds": round(1e6 * own_time, 1),
-                        "model_microseconds": round(1e6 * model_time, 1),
-                        "share_of_model": own_time / model_time,
-                    }
-                )
+                if folder.exists():
+                    alignments[kind] = load_alignment(folder)
+            jobs = {None: partial(encoder.encode_batch, noise)}
+            jobs |= {kind: partial(alignment.runtime, embedding) for kind, alignment in alignments.items()}
+            seconds_of = _median_times(jobs, num_rounds)
+            rows += [
+                {
+                    "enroll": enroll,
+                    "runtime": runtime,
+                    "alignment": kind,
+                    "parameters": alignment.num_parameters,
+                    "bytes": alignment.num_bytes,
+                    "microseconds": round(1e6 * seconds_of[kind], 1),
+                    "model_microseconds": round(1e6 * seconds_of[None], 1),
+                    "share_of_model": seconds_of[kind] / seconds_of[None],
+                }
+                for kind, alignment in alignments.items()
+            ]
         return rows
     finally:
         torch.set_num_threads(threads)
 
 
-def _median_time(function, num_runs):
-    """Of processor time, which other work on the machine disturbs less."""
-    function()
-    times = []
-    for _ in range(num_runs):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+def _median_times(jobs, num_rounds):
+    """Of processor time, which other work on the machine disturbs less; each job several times in a round."""
+    times = {name: [] for name in jobs}
+    for _ in range(num_rounds):
+        for name, job in jobs.items():
+            job()  # what ran before it has emptied the caches
+            start = time.process_time()
+            for _ in range(_CALLS):
+                job()
+            times[name].append((time.process_time() - start) / _CALLS)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 # Results

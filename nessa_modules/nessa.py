@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nessa_modules.alignment import (
     Alignment,
+    LinearAlignment,
     choose_ridge,
     least_squares_matrices,
     procrustes_matrices,
@@ -665,3 +666,37 @@ class NessaRuntime(Nessa):
         mean = functional.normalize(pairs.enroll.mean(0), dim=0)
         starts = {"with_mean": back, "without_mean": back - torch.outer(back @ mean, mean)}
         return {name: {"runtime": (runtime_matrix @ each, runtime_offset @ each)} for name, each in starts.items()}
+
+
+class NessaStart(LinearAlignment):
+    """What :class:`Nessa` starts from, without any training: the closed form that is best on held-out speakers.
+
+    Where NESSA is better than the other alignments, this tells what its training adds.
+
+    Arguments
+    ---------
+    max_profile : int
+        Most utterances in a profile of a held-out speaker.
+    seed : int
+        Of the folds over speakers, and of their profiles.
+    progressbar : bool
+        Whether to show one over the closed forms.
+
+    Example
+    -------
+    >>> X = torch.randn(60, 8)
+    >>> alignment = NessaStart().fit(X, X[:, :5], [row // 3 for row in range(60)])
+    >>> alignment.num_parameters < Nessa(max_steps=0).fit(X, X[:, :5], [row // 3 for row in range(60)]).num_parameters
+    True
+    """
+
+    name = "nessa_start"
+
+    def __init__(self, max_profile=5, seed=0, progressbar=False):
+        super().__init__()
+        self._nessa = Nessa(1, max_profile, max_steps=0, seed=seed, progressbar=progressbar)
+
+    def _fit(self, pairs):
+        tensors, details = self._nessa._fit(pairs)
+        linear = {f"{side}_{part}" for side in Nessa.sides for part in ("matrix", "offset")}
+        return {name: tensors[name] for name in linear}, {name: details[name] for name in ("start", "cost")}

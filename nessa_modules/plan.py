@@ -138,7 +138,8 @@ def read_plan(path):
     Arguments
     ---------
     path : str or Path
-        The YAML. It is data: nothing in it is run.
+        The YAML. It is data: nothing in it is run. It may name as its ``base`` another of the same folder, of which
+        it changes only what it has.
 
     Returns
     -------
@@ -158,12 +159,12 @@ def read_plan(path):
     >>> plan.name, plan.v2.hparams, plan.num_enroll
     ('tiny', 'ecapa.yaml', 2)
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The plan {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"The plan {path} is no YAML: {str(error).splitlines()[0]}.") from None
+    content = _read_yaml(path)
+    if isinstance(content, dict) and "base" in content:
+        base = content.pop("base")
+        if not isinstance(base, str) or Path(base).name != base:
+            raise ValueError(f"{path}: base can only name a YAML of the same folder, but got {base!r}.")
+        content = _merged(_read_yaml(Path(path).with_name(base)), content)
     names = {each.name for each in dataclasses.fields(Plan)} - {"name"}
     if not isinstance(content, dict) or not {"v1", "v2"} <= set(content) or not set(content) <= names:
         raise ValueError(
@@ -188,6 +189,22 @@ def read_plan(path):
     plan = Plan(name=Path(path).stem, **content)
     check_plan(plan)
     return plan
+
+
+def _read_yaml(path):
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The plan {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"The plan {path} is no YAML: {str(error).splitlines()[0]}.") from None
+
+
+def _merged(base, changes):
+    """A copy of base with the changes, key by key at every depth."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
 
 
 def check_plan(plan):

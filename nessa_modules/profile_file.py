@@ -15,9 +15,8 @@ from pathlib import Path
 
 _APPLICATION_ID = 0x4E455353  # "NESS", in the file's header: tells a store from other SQLite files
 _FORMAT = 1  # in the header as SQLite's user_version
-_BUSY_SECONDS = (
-    60  # that another process may write for; removing from a store of a million profiles takes a third of it
-)
+# That another process may write for; removing from a store of a million profiles takes a third of it.
+_BUSY_SECONDS = 60
 _SCHEMA = (
     "CREATE TABLE store (id INTEGER PRIMARY KEY CHECK (id = 1), enroll_model_id TEXT NOT NULL, "
     "runtime_model_id TEXT NOT NULL, alignment_id TEXT, calibration TEXT NOT NULL, false_accept_rate REAL NOT NULL, "
@@ -79,7 +78,8 @@ class ProfileFile:
         self.path = Path(path)
         self._place = self.path.absolute()  # wherever the process goes
         self.lock = threading.RLock()
-        self.identity = None  # of the file that is open: another one may be moved to its path
+        self.identity = None  # of the file that was opened: another one may be moved to its path
+        self._num_closings = 0  # a part of it: once a file is closed, another one may get its inode
         self._connection = self._process = None
         self._inherited = []  # connections from before a fork, which the child may not even close
         _files.add(self)
@@ -90,6 +90,7 @@ class ProfileFile:
             if self._connection is not None and self._process == os.getpid():
                 self._connection.close()
             self._connection = None
+            self._num_closings += 1
 
     @contextlib.contextmanager
     def transaction(self, writes=False):
@@ -204,11 +205,10 @@ class ProfileFile:
         except FileNotFoundError:
             self.close()
             return None
-        if self.identity != (found.st_dev, found.st_ino):
-            self.close()
-            self.identity = found.st_dev, found.st_ino
         if self._connection is not None:
-            return self._connection
+            if self.identity[:2] == (found.st_dev, found.st_ino):
+                return self._connection
+            self.close()
         if not stat.S_ISREG(found.st_mode):
             what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
             raise ValueError(f"A store of voice profiles is a file, but {self.path} is {what}.")
@@ -227,7 +227,7 @@ class ProfileFile:
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, self.identity = connection, (found.st_dev, found.st_ino, self._num_closings)
         return connection
 
     def read_store(self, connection):

@@ -1,126 +1,26 @@
 """Voice profiles in one SQLite file: enroll, verify, identify, remove, and migrate to another model without audio."""
 
-import copy
 import json
 import math
 import os
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from nessa_modules.profile_file import ProfileFile, Store, checked_calibration, checked_rate
+from nessa_modules.profile_models import ProfileModels, normalised
+from nessa_modules.profile_results import Candidate, Identification, MixtureVoice, Verification
+from nessa_modules.profile_table import ProfileTable
+
+__all__ = ["Candidate", "Identification", "MixtureVoice", "Verification", "VoiceProfiles"]
 
 DEFAULT_FALSE_ACCEPT_RATE = 0.01
 
 _CHUNK = 2**12  # profiles that are read and mapped at a time
 _SILENT_DB = -40.0  # of a voice, to the loudest of its mixture
 _NO_FIT = "its tables do not fit each other"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether a recording was accepted as somebody's.
-
-    Attributes
-    ----------
-    name : str
-        Of the profile.
-    score : float
-        Cosine of the profile and the recording in the space that they are compared in, -1 to 1.
-    accepted : bool
-        Whether the score reaches the threshold.
-    threshold : float
-    false_accept_rate : float
-        The share of recordings of other speakers that reach the threshold, on the development set that it was
-        calibrated on.
-
-    Example
-    -------
-    >>> Verification("Ada", score=0.7, accepted=True, threshold=0.4, false_accept_rate=0.01).accepted
-    True
-    """
-
-    name: str
-    score: float
-    accepted: bool
-    threshold: float
-    false_accept_rate: float
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A profile that a recording was compared with, and the cosine, -1 to 1.
-
-    Example
-    -------
-    >>> Candidate("Ada", 0.7)
-    Candidate(name='Ada', score=0.7)
-    """
-
-    name: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Identification:
-    """Whose a recording is.
-
-    Attributes
-    ----------
-    name : str or None
-        Of the best profile, None where none reaches the threshold: nobody known.
-    candidates : list of Candidate
-        The best profiles, whether they reach the threshold or not, best first.
-    threshold : float
-    false_accept_rate : float
-        Of one comparison. That a recording of a stranger reaches the threshold of any of N profiles is up to N times
-        as likely.
-    num_profiles : int
-        N, the number of profiles that were compared.
-
-    Example
-    -------
-    >>> Identification(None, [Candidate("Ada", 0.1)], 0.4, 0.01, num_profiles=1).name is None
-    True
-    """
-
-    name: str | None
-    candidates: list
-    threshold: float
-    false_accept_rate: float
-    num_profiles: int
-
-
-@dataclass(frozen=True)
-class MixtureVoice:
-    """A voice of a mixture.
-
-    Attributes
-    ----------
-    number : int
-        From 1, in the separator's order.
-    level_db : float
-        Its root mean square relative to the mixture's loudest voice, dB; minus infinity where there is nothing.
-    identification : Identification or None
-        None where the voice is silent: fewer speak than the separator looks for.
-
-    Example
-    -------
-    >>> MixtureVoice(2, level_db=-61.0, identification=None).is_silent
-    True
-    """
-
-    number: int
-    level_db: float
-    identification: Identification | None
-
-    @property
-    def is_silent(self):
-        """Whether there was nothing to identify."""
-        return self.identification is None
 
 
 class VoiceProfiles:
@@ -188,20 +88,17 @@ class VoiceProfiles:
 
     def __init__(self, path, encoder=None, alignment=None, calibration=None, false_accept_rate=None, must_exist=False):
         self.path = Path(path)
-        self.alignment = alignment
-        self._enroller, self._recogniser = encoder if isinstance(encoder, tuple | list) else (encoder, encoder)
-        self._check_encoders()
+        self._models = ProfileModels(self.path, encoder, alignment)
         self._calibration = None if calibration is None else checked_calibration(calibration, "calibration")
         self._rate = None if false_accept_rate is None else checked_rate(false_accept_rate)
         self._file = ProfileFile(path)
-        self._loaded = None
+        self._table, self._table_file = None, None  # the loaded profiles, and the identity of the file they are of
         with self._file.transaction() as connection:
             store = self._file.read_store(connection)
         if store is None and must_exist:
             raise ValueError(f"There is no store of voice profiles at {self.path}: enroll somebody first.")
         if store is not None and (encoder is not None or alignment is not None):
-            self._check_alignment(store)
-            self._check_one_of_its_models(store)
+            self._models.check_store(store)
         if store is not None and false_accept_rate is not None:
             self._threshold(store, false_accept_rate)
 
@@ -232,13 +129,13 @@ class VoiceProfiles:
             if store is None:
                 return None
             rows = connection.execute(
-                "SELECT name, count(*), group_concat(DISTINCT model_id), count(*) - count(model_id) FROM profile "
+                "SELECT name, count(*), json_group_array(DISTINCT model_id), count(*) - count(model_id) FROM profile "
                 "LEFT JOIN recording ON recording.profile = profile.id LEFT JOIN model ON model.id = recording.model "
                 "GROUP BY profile.id ORDER BY name"
             ).fetchall()
             if any(missing for *_, missing in rows):
                 raise self._file.damaged(_NO_FIT)
-            found = [{"name": n, "recordings": count, "models": sorted(ids.split(","))} for n, count, ids, _ in rows]
+            found = [{"name": n, "recordings": count, "models": sorted(json.loads(ids))} for n, count, ids, _ in rows]
         fields = ("enroll_model_id", "runtime_model_id", "alignment_id", "false_accept_rate")
         known = {field: getattr(store, field) for field in fields}
         return {**known, "calibration": store.calibration, "profiles": found}
@@ -270,6 +167,7 @@ class VoiceProfiles:
             raise ValueError(f"A profile needs at least one recording, but got none for {name!r}.")
         with self._file.transaction() as connection:  # what can be known before the work is said before it
             store = self._file.read_store(connection)
+            models = self._models
             self._check_enrolls(store)
             if store is not None:
                 self._check_name(connection, name, add)
@@ -277,12 +175,12 @@ class VoiceProfiles:
         bar = tqdm(recordings, desc="recordings", delay=2, disable=None, leave=False)
         for number, recording in enumerate(bar, start=1):
             try:
-                embeddings.append(self._embedding(self._enroller, recording))
+                embeddings.append(models.checked(models.enroller.encode_recording(recording)))  # [1, D]
             except ValueError as error:
                 if isinstance(recording, str | os.PathLike) or len(recordings) == 1:
                     raise
                 raise ValueError(f"Recording {number} of {len(recordings)}: {error}") from error
-        self.enroll_embeddings([(name, np.stack(embeddings))], add)
+        self._enroll(models, [(name, np.concatenate(embeddings))], add)
 
     def enroll_embeddings(self, profiles, add=False):
         """Make profiles from embeddings that the enrolling encoder has made: many at once, all or none.
@@ -299,18 +197,22 @@ class VoiceProfiles:
         ValueError, OSError
             As for :meth:`enroll`.
         """
+        self._enroll(self._models, profiles, add)
+
+    def _enroll(self, models, profiles, add):
         with self._file.writing(self._new_store) as (connection, store):
+            self._check_still(models)
             self._check_enrolls(store)
-            model = self._model_number(connection, self._enroller)
+            model = self._model_number(connection, models.enroller)
             for name, embeddings in profiles:
                 name = _checked_name(name)
-                embeddings = self._checked_embeddings(embeddings, self._enroller)  # [K, D]
+                embeddings = models.checked(embeddings)  # [K, D]
                 self._check_name(connection, name, add)
-                number = connection.execute(
+                (number,) = connection.execute(
                     "INSERT INTO profile (name, change) VALUES (?, ?) "
                     "ON CONFLICT (name) DO UPDATE SET change = excluded.change RETURNING id",
                     (name, store.num_changes + 1),
-                ).fetchone()[0]
+                ).fetchone()
                 rows = [(number, model, embedding.tobytes()) for embedding in embeddings]
                 connection.executemany("INSERT INTO recording (profile, model, embedding) VALUES (?, ?, ?)", rows)
 
@@ -339,19 +241,19 @@ class VoiceProfiles:
         name = _checked_name(name)
 
         def read(connection):
-            store = self._recognising_store(connection)
-            threshold = self._threshold(store, false_accept_rate)
-            number = self._number(connection, name) if self._file.read_store(connection) is not None else None
-            profile = None if number is None else self._read_profiles(connection, np.array([number]))[1][0]  # [Dz]
-            if profile is None:
+            store, threshold, rate = self._recognising(connection, false_accept_rate)
+            number = self._number(connection, name) if store.num_changes else None  # a store that is not there has none
+            if number is None:
                 raise ValueError(f"There is no profile {name!r} in {self.path}.")
-            return profile, *threshold
+            _, (profile,) = self._read_profiles(connection, np.array([number]))  # [Dz]
+            return profile, threshold, rate
 
         with self._file.transaction() as connection:
+            models = self._models
             read(connection)
-        utterance, made_by = self._utterance(recording)  # [Dz]
+        utterance = models.utterance(recording)  # [Dz]
         with self._file.lock, self._file.transaction() as connection:  # again: it may have been removed meanwhile
-            self._check_still(made_by)
+            self._check_still(models)
             profile, threshold, rate = read(connection)
         score = float(profile @ utterance)
         return Verification(name, score, score >= threshold, threshold, rate)
@@ -384,8 +286,17 @@ class VoiceProfiles:
         if not isinstance(num_candidates, int) or num_candidates < 1:
             raise ValueError(f"num_candidates can only be a whole number of at least 1, but got {num_candidates!r}.")
         with self._file.transaction() as connection:
-            self._threshold(self._recognising_store(connection), false_accept_rate)
-        return self._search(*self._utterance(recording), num_candidates, false_accept_rate)
+            models = self._models
+            self._recognising(connection, false_accept_rate)
+        utterance = models.utterance(recording)  # [Dz]
+        with self._file.lock:
+            self._check_still(models)
+            with self._file.transaction() as connection:
+                store, threshold, rate = self._recognising(connection, false_accept_rate)
+                table = self._loaded(connection, store)
+            candidates, num_profiles = table.search(utterance, num_candidates), table.count
+        name = candidates[0].name if candidates and candidates[0].score >= threshold else None
+        return Identification(name, candidates, threshold, rate, num_profiles)
 
     def identify_mixture(self, recording, separator, num_candidates=5, false_accept_rate=None, progress=None):
         """Who speaks at the same time? Separates a recording, and identifies each voice.
@@ -415,8 +326,8 @@ class VoiceProfiles:
             As for :meth:`identify`, or if the recording cannot be separated or a voice is too short.
         """
         with self._file.transaction() as connection:
-            self._threshold(self._recognising_store(connection), false_accept_rate)
-        voices = _array(separator.separate_file(recording, progress=progress))  # [T, N]
+            self._recognising(connection, false_accept_rate)
+        voices = np.asarray(separator.separate_file(recording, progress=progress))  # [T, N]
         levels = np.sqrt(np.mean(np.square(voices, dtype=np.float64), axis=0))  # [N]
         found = []
         for number, (voice, level) in enumerate(zip(voices.T, levels, strict=True), start=1):
@@ -513,45 +424,23 @@ class VoiceProfiles:
                 f"The alignment's runtime model is {alignment.runtime_model_id}, but the encoder is model "
                 f"{encoder.model_id}."
             )
-        moved = copy.copy(self)  # on the same file
-        moved.alignment, moved._enroller, moved._recogniser = alignment, encoder, encoder
-        moved._check_encoders()
-        moved._calibration = None if calibration is None else checked_calibration(calibration, "calibration")
-        moved._rate = None if false_accept_rate is None else checked_rate(false_accept_rate)
-        with self._file.writing() as (connection, store):
-            models = moved._known_models()
-            counts = connection.execute(
-                "SELECT model_id, embedding_size, count(DISTINCT profile) FROM recording LEFT JOIN model "
-                "ON model.id = recording.model GROUP BY model_id ORDER BY model_id"
-            ).fetchall()
-            if any(model_id is None for model_id, _, _ in counts):
-                raise self._file.damaged(_NO_FIT)
-            strangers = [f"model {model_id} ({count})" for model_id, _, count in counts if model_id not in models]
-            if strangers:
-                total = connection.execute("SELECT count(*) FROM profile").fetchone()[0]
-                num_strange = connection.execute(
-                    "SELECT count(DISTINCT profile) FROM recording JOIN model ON model.id = recording.model "
-                    f"WHERE model_id NOT IN ({', '.join('?' * len(models))})",
-                    models,
-                ).fetchone()[0]
-                knows = f"{'the alignment' if alignment else 'it'} knows {' and '.join(models)}"
-                raise ValueError(
-                    f"{num_strange} of the {total} profiles in {self.path} cannot be moved: they were made by "
-                    f"{', '.join(strangers)}, but {knows}."
-                )
-            for model_id, size, _ in counts:
-                moved._map(model_id, np.eye(1, size, dtype=np.float32))  # refuses a size that does not fit
-            if calibration is None and moved._ids() == store[:3]:
-                moved._calibration = store.calibration
-            new = moved._new_store(store.false_accept_rate)
-            if false_accept_rate is not None:
-                _find_threshold(new.calibration, false_accept_rate, self.path)
-            new = Store(*new[:5], *store[5:])
-            if new != store:
-                self._file.write_store(connection, new)
-        with self._file.lock:
-            self.alignment, self._enroller, self._recogniser = alignment, encoder, encoder
-            self._calibration, self._rate, self._loaded = moved._calibration, None, None
+        models = ProfileModels(self.path, encoder, alignment)
+        if calibration is not None:
+            calibration = checked_calibration(calibration, "calibration")
+        if false_accept_rate is not None:
+            false_accept_rate = checked_rate(false_accept_rate)
+        with self._file.lock:  # until this object has what the file has: no other thread sees one without the other
+            with self._file.writing() as (connection, store):
+                self._check_moves(connection, models)
+                if calibration is None and models.ids == store[:3]:
+                    calibration = store.calibration
+                new = self._settings(models, calibration, false_accept_rate, store.false_accept_rate)
+                if false_accept_rate is not None:
+                    _find_threshold(new.calibration, false_accept_rate, self.path)
+                new = Store(*new[:5], *store[5:])
+                if new != store:
+                    self._file.write_store(connection, new)
+            self._models, self._calibration, self._rate, self._table = models, calibration, None, None
         return new != store
 
     def set_calibration(self, calibration, false_accept_rate=None):
@@ -576,14 +465,12 @@ class VoiceProfiles:
         if false_accept_rate is not None:
             _find_threshold(entries, false_accept_rate, self.path)
         with self._file.writing(self._new_store) as (connection, store):
-            self._check_alignment(store)
-            rate = _counting_rate(entries, store.false_accept_rate)
-            if false_accept_rate is not None:
-                rate = checked_rate(false_accept_rate)
+            self._models.check_store(store)
+            rate = _counting_rate(entries, false_accept_rate or store.false_accept_rate)
             self._file.write_store(connection, store._replace(calibration=entries, false_accept_rate=rate))
 
     def close(self):
-        """Close the file. The next call opens it again."""
+        """Close the file. The next call opens it again, and the next search loads the profiles anew."""
         self._file.close()
 
     def __enter__(self):
@@ -592,194 +479,101 @@ class VoiceProfiles:
     def __exit__(self, *_):
         self.close()
 
-    # What is compared
+    # The store and its thresholds
 
-    def _check_encoders(self):
-        """Refuse encoders that do not belong to the alignment, or without one to each other."""
-        given = [encoder for encoder in (self._enroller, self._recogniser) if encoder is not None]
-        if self.alignment is None:
-            if len({encoder.model_id for encoder in given}) > 1:
-                raise ValueError(
-                    f"Embeddings of two models, {given[0].model_id} and {given[1].model_id}, can only be compared "
-                    "through an alignment of the two, but got none."
-                )
-            return
-        models = self._known_models()
-        if None in models:
-            raise ValueError("The alignment does not say which models it aligns: save it with their ids and load it.")
-        for encoder in given:
-            if encoder.model_id not in models:
-                raise ValueError(
-                    f"The alignment is one of the models {' and '.join(models)}, but the encoder is model "
-                    f"{encoder.model_id}."
-                )
-        if self._enroller is not self._recogniser and self._recogniser.model_id != self.alignment.runtime_model_id:
-            raise ValueError(
-                f"The alignment's runtime model is {self.alignment.runtime_model_id}, but the encoder that is to "
-                f"recognise is model {self._recogniser.model_id}."
-            )
+    def _new_store(self):
+        """The store that this object would begin."""
+        return self._settings(self._models, self._calibration, self._rate, DEFAULT_FALSE_ACCEPT_RATE)
 
-    def _known_models(self):
-        """The ids of the models whose embeddings can be compared."""
-        if self.alignment is None:
-            return [self._enroller.model_id]
-        return list(dict.fromkeys((self.alignment.enroll_model_id, self.alignment.runtime_model_id)))
-
-    def _check_alignment(self, store):
-        """Refuse to score with another alignment than the store's."""
-        given = None if self.alignment is None else self.alignment.alignment_id
-        if given == store.alignment_id:
-            return
-        if store.alignment_id is None:
-            expected = f"model {store.runtime_model_id} without an alignment"
-        else:
-            expected = f"alignment {store.alignment_id} of models {store.enroll_model_id} and {store.runtime_model_id}"
-        got = "none" if given is None else f"alignment {given}"
-        raise ValueError(f"{self.path} is scored with {expected}, but got {got}: give what it expects, or migrate it.")
-
-    def _check_one_of_its_models(self, store):
-        expected = list(dict.fromkeys((store.enroll_model_id, store.runtime_model_id)))
-        for encoder in (self._enroller, self._recogniser):
-            if encoder is not None and encoder.model_id not in expected:
-                raise ValueError(
-                    f"{self.path} is a store of model {' and '.join(expected)}, but the encoder is model "
-                    f"{encoder.model_id}: load that model, or migrate the store with an alignment of the two."
-                )
-
-    def _check_enrolls(self, store):
-        if self._enroller is None:
-            raise ValueError("Enrolling needs an encoder, but got none.")
-        if store is not None:
-            self._check_alignment(store)
-            self._check_one_of_its_models(store)
-
-    def _recognising_store(self, connection):
-        """The store, if it is this object's; where there is none yet, what it would be."""
-        if self._recogniser is None:
-            raise ValueError("Recognising needs an encoder, but got none.")
-        store = self._file.read_store(connection)
-        if store is None:
-            store = self._new_store()
-        self._check_alignment(store)
-        if self._recogniser.model_id != store.runtime_model_id:
-            raise ValueError(
-                f"{self.path} recognises with model {store.runtime_model_id}, but the encoder is model "
-                f"{self._recogniser.model_id}: load that model, or migrate the store with an alignment of the two."
-            )
-        return store
-
-    def _new_store(self, preferred_rate=DEFAULT_FALSE_ACCEPT_RATE):
-        """A store of this object's models."""
-        entries = self._calibration
-        if entries is None:
-            entries = checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
-        rate = _counting_rate(entries, preferred_rate) if self._rate is None else self._rate
-        if entries:
+    def _settings(self, models, calibration, rate, preferred_rate):
+        """A new store; None: the alignment's calibration, and the preferred rate where there is a threshold for it."""
+        entries = checked_calibration(models.calibration, "The alignment") if calibration is None else calibration
+        if rate is None:
+            rate = _counting_rate(entries, preferred_rate)
+        elif entries:
             _find_threshold(entries, rate, self.path)
-        return Store(*self._ids(), entries, rate, num_changes=0, num_removals=0, has_traces=0)
-
-    def _ids(self):
-        """Of the enrollment model, the runtime model and the alignment of a store of this object's models."""
-        if self.alignment is None:
-            return self._enroller.model_id, self._enroller.model_id, None
-        return self.alignment.enroll_model_id, self.alignment.runtime_model_id, self.alignment.alignment_id
+        return Store(*models.ids, entries, rate, num_changes=0, num_removals=0, has_traces=0)
 
     def _threshold(self, store, rate):
         """The threshold for a rate, and the rate."""
-        entries = store.calibration
-        if not entries and self.alignment is not None:  # it was calibrated after the store was made
-            entries = checked_calibration(getattr(self.alignment, "calibration", None) or [], "The alignment")
-        for preferred in (rate, self._rate, store.false_accept_rate):
-            if preferred is not None:
-                return _find_threshold(entries, preferred, self.path), preferred
+        # The alignment's, if it was calibrated after the store was made.
+        entries = store.calibration or checked_calibration(self._models.calibration, "The alignment")
+        if rate is None:
+            rate = self._rate
+        if rate is None:
+            rate = _counting_rate(entries, store.false_accept_rate)
+        return _find_threshold(entries, rate, self.path), rate
 
-    def _embedding(self, encoder, recording):
-        return self._checked_embeddings(encoder.encode_recording(recording), encoder)[0]  # [D]
-
-    def _checked_embeddings(self, embeddings, encoder):
-        embeddings = np.atleast_2d(np.ascontiguousarray(_array(embeddings), np.float32))  # [K, D]
-        if embeddings.ndim != 2 or not len(embeddings) or embeddings.shape[1] != encoder.embedding_size:
+    def _recognising(self, connection, rate):
+        """The store (where there is none, what it would be), if it recognises with this model; threshold and rate."""
+        recogniser = self._models.recogniser
+        if recogniser is None:
+            raise ValueError("Recognising needs an encoder, but got none.")
+        store = self._file.read_store(connection) or self._new_store()
+        self._models.check_store(store)
+        if recogniser.model_id != store.runtime_model_id:
             raise ValueError(
-                f"Embeddings of model {encoder.model_id} must have shape [K, {encoder.embedding_size}], but got "
-                f"{list(embeddings.shape)}."
+                f"{self.path} recognises with model {store.runtime_model_id}, but the encoder is model "
+                f"{recogniser.model_id}: load that model, or migrate the store with an alignment of the two."
             )
-        norms = np.linalg.norm(embeddings, axis=1)
-        if not np.isfinite(norms).all() or not norms.all():
-            raise ValueError(f"Model {encoder.model_id} gave an embedding that is zero or not finite.")
-        return embeddings
+        return store, *self._threshold(store, rate)
 
-    def _utterance(self, recording):
-        """A recording in the space that is compared in, [Dz] of length 1, and what brought it there."""
-        made_by = encoder, alignment = self._recogniser, self.alignment
-        embedding = self._embedding(encoder, recording)[None]  # [1, D]
-        if alignment is not None:
-            embedding = self._mapped(alignment.runtime, embedding, encoder.model_id)
-        return _normalised(embedding, self.path)[0], made_by
+    def _check_enrolls(self, store):
+        if self._models.enroller is None:
+            raise ValueError("Enrolling needs an encoder, but got none.")
+        if store is not None:
+            self._models.check_store(store)
 
-    def _check_still(self, made_by):
-        """Refuse a recording that was embedded before another thread migrated; called with the lock held."""
-        if made_by != (self._recogniser, self.alignment):
+    def _check_still(self, models):
+        """Refuse what was embedded before another thread migrated; called with the lock held."""
+        if models is not self._models:
             raise ValueError(f"{self.path} was moved to another model meanwhile; give the recording again.")
 
-    def _map(self, model_id, profiles):
-        """Profiles [K, D] of one model in the space that is compared in, [K, Dz] of length 1."""
-        alignment = self.alignment
-        if model_id not in self._known_models():
-            raise ValueError(f"{self.path} holds profiles of model {model_id}, which cannot be compared.")
-        if alignment is not None:
-            side = alignment.enroll if model_id == alignment.enroll_model_id else alignment.runtime
-            profiles = self._mapped(side, profiles, model_id)
-        return _normalised(profiles, self.path)
-
-    def _mapped(self, side, embeddings, model_id):
-        try:
-            return np.asarray(_array(side(embeddings)), np.float32)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    def _check_moves(self, connection, models):
+        """Refuse models that cannot compare all profiles of the file."""
+        counts = connection.execute(
+            "SELECT model_id, embedding_size, count(DISTINCT profile) FROM recording LEFT JOIN model "
+            "ON model.id = recording.model GROUP BY model_id ORDER BY model_id"
+        ).fetchall()
+        if any(model_id is None for model_id, _, _ in counts):
+            raise self._file.damaged(_NO_FIT)
+        known = models.known_ids
+        strangers = [f"model {model_id} ({count})" for model_id, _, count in counts if model_id not in known]
+        if strangers:
+            total, num_strange = connection.execute(
+                "SELECT (SELECT count(*) FROM profile), count(DISTINCT profile) FROM recording JOIN model "
+                f"ON model.id = recording.model WHERE model_id NOT IN ({', '.join('?' * len(known))})",
+                known,
+            ).fetchone()
+            knows = f"{'it' if models.ids[2] is None else 'the alignment'} knows {' and '.join(known)}"
             raise ValueError(
-                f"The alignment does not take embeddings of size {embeddings.shape[1]} of model {model_id}: {reason}"
-            ) from error
+                f"{num_strange} of the {total} profiles in {self.path} cannot be moved: they were made by "
+                f"{', '.join(strangers)}, but {knows}."
+            )
+        for model_id, size, _ in counts:
+            models.profiles(np.eye(1, size, dtype=np.float32), model_id)  # refuses a size that does not fit
 
     # What is read
 
-    def _search(self, utterance, made_by, num_candidates, rate):
-        with self._file.lock:
-            self._check_still(made_by)
-            with self._file.transaction() as connection:
-                store = self._recognising_store(connection)
-                threshold, rate = self._threshold(store, rate)
-                self._refresh(connection, store)
-            loaded = self._loaded
-            scores = np.zeros(0, np.float32)
-            if loaded.count:
-                scores = loaded.matrix[: loaded.count] @ utterance  # [N]
-            best = np.arange(loaded.count)
-            if num_candidates < loaded.count:
-                best = np.argpartition(scores, -num_candidates)[-num_candidates:]
-            best = best[np.lexsort((best, -scores[best]))]
-            candidates = [Candidate(loaded.names[row], float(scores[row])) for row in best]
-        name = candidates[0].name if candidates and candidates[0].score >= threshold else None
-        return Identification(name, candidates, threshold, rate, loaded.count)
-
-    def _refresh(self, connection, store):
-        """Bring the loaded profiles to the state of the file; all or, after an interruption, loaded anew."""
-        loaded, self._loaded = self._loaded, None
-        is_successor = loaded is not None and loaded.file_identity == self._file.identity
-        if not is_successor or store.num_changes < loaded.num_changes:  # or somebody put a backup back
-            loaded = _Loaded(self._file.identity)
-        if store.num_changes > loaded.num_changes:
-            if store.num_removals != loaded.num_removals and loaded.count:
-                numbers = connection.execute("SELECT id FROM profile ORDER BY id")
-                loaded.keep_only(np.fromiter((number for (number,) in numbers), np.int64))
+    def _loaded(self, connection, store):
+        """The profiles in memory, as they are in the file."""
+        table, self._table = self._table, None  # after an interruption all are loaded anew
+        # The file may be another one, or a backup of it from before.
+        if table is None or self._table_file != self._file.identity or store.num_changes < table.num_changes:
+            table, self._table_file = ProfileTable(), self._file.identity
+        if store.num_changes > table.num_changes:
+            if store.num_removals != table.num_removals and table.count:
+                table.keep_only(_numbers(connection.execute("SELECT id FROM profile")))
             query = "SELECT id FROM profile WHERE change > ? ORDER BY id"
-            changed = np.fromiter((i for (i,) in connection.execute(query, (loaded.num_changes,))), np.int64)
+            changed = _numbers(connection.execute(query, (table.num_changes,)))
             with tqdm(total=len(changed), desc="profiles", delay=2, disable=None, leave=False) as bar:
                 for begin in range(0, len(changed), _CHUNK):
                     numbers = changed[begin : begin + _CHUNK]
-                    loaded.put(numbers, *self._read_profiles(connection, numbers), num_left=len(changed) - begin)
+                    table.put(numbers, *self._read_profiles(connection, numbers), num_left=len(changed) - begin)
                     bar.update(len(numbers))
-            loaded.num_changes, loaded.num_removals = store.num_changes, store.num_removals
-        self._loaded = loaded
+            table.num_changes, table.num_removals = store.num_changes, store.num_removals
+        self._table = table
+        return table
 
     def _read_profiles(self, connection, numbers):
         """The names and the vectors [K, Dz], of length 1, of profiles by their sorted numbers [K]."""
@@ -801,27 +595,24 @@ class VoiceProfiles:
         if not np.bincount(places, minlength=len(numbers)).all():
             raise self._file.damaged("a profile has no recordings")
         made_by = np.fromiter((row[1] for row in rows), np.int64, len(rows))  # [R]
-        total = 0.0
+        total = None
         for model in np.unique(made_by):
             model_id, size = models[int(model)]
             own = np.flatnonzero(made_by == model)
+            own = own[np.argsort(places[own], kind="stable")]  # [R'], those of a profile together
             blobs = [rows[row][2] for row in own]
             if any(not isinstance(blob, bytes) or len(blob) != 4 * size for blob in blobs):
                 raise self._file.damaged("an embedding has another size than its model's")
-            embeddings = _normalised(np.frombuffer(b"".join(blobs), "<f4").reshape(-1, size), self.path)  # [R', D]
-            having, counts = np.unique(places[own], return_counts=True)
-            sums = embeddings
-            if len(having) < len(own):
-                sums = np.zeros((len(having), size), np.float32)
-                np.add.at(sums, np.searchsorted(having, places[own]), embeddings)
+            embeddings = normalised(np.frombuffer(b"".join(blobs), "<f4").reshape(-1, size), self.path)  # [R', D]
+            having, first, counts = np.unique(places[own], return_index=True, return_counts=True)  # [K'] each
+            counts = counts[:, None].astype(np.float32)  # [K', 1]
+            means = np.add.reduceat(embeddings, first) / counts  # [K', D]
             # A profile of both models: each one's mean is mapped, and counts by its recordings.
-            weighted = self._map(model_id, sums / counts[:, None]) * counts[:, None].astype(np.float32)
-            if len(having) < len(numbers):
-                spread = np.zeros((len(numbers), weighted.shape[1]), np.float32)
-                spread[having] = weighted
-                weighted = spread
-            total = total + weighted  # [K, Dz]
-        return names, _normalised(total, self.path)
+            weighted = self._models.profiles(means, model_id) * counts  # [K', Dz]
+            if total is None:
+                total = np.zeros((len(numbers), weighted.shape[1]), np.float32)  # [K, Dz]
+            total[having] += weighted
+        return names, normalised(total, self.path)
 
     def _number(self, connection, name):
         row = connection.execute("SELECT id FROM profile WHERE name = ?", (name,)).fetchone()
@@ -850,62 +641,8 @@ class VoiceProfiles:
         return number
 
 
-class _Loaded:
-    """The profiles of a store in memory: one row each, sorted by their numbers."""
-
-    def __init__(self, file_identity):
-        self.file_identity = file_identity
-        self.numbers, self.names, self.matrix = np.zeros(0, np.int64), [], np.zeros((0, 0), np.float32)
-        self.count = self.num_changes = self.num_removals = 0
-
-    def put(self, numbers, names, vectors, num_left):
-        """Write or rewrite rows; num_left: how many are to come, these among them."""
-        rows = np.searchsorted(self.numbers[: self.count], numbers)
-        is_new = rows == self.count  # a number that is not known is higher than all that are
-        num_new = int(is_new.sum())
-        if self.count + num_new > len(self.matrix):
-            self._grow(self.count + num_left, vectors.shape[1])
-        rows[is_new] += np.arange(num_new)
-        self.matrix[rows], self.numbers[rows] = vectors, numbers
-        for row, name, new in zip(rows.tolist(), names, is_new.tolist(), strict=True):
-            if new:
-                self.names.append(name)
-            else:
-                self.names[row] = name
-        self.count += num_new
-
-    def keep_only(self, numbers):
-        """Drop the rows of all others, in place, and overwrite what was theirs."""
-        kept = np.flatnonzero(np.isin(self.numbers[: self.count], numbers, assume_unique=True))
-        for begin in range(0, len(kept), _CHUNK):
-            rows = kept[begin : begin + _CHUNK]
-            if rows[-1] >= begin + len(rows):  # something before was dropped
-                self.matrix[begin : begin + len(rows)] = self.matrix[rows]
-                self.numbers[begin : begin + len(rows)] = self.numbers[rows]
-        self.names = [self.names[row] for row in kept.tolist()]
-        self.matrix[len(kept) : self.count] = 0
-        self.count = len(kept)
-
-    def _grow(self, needed, size):
-        capacity = needed + needed // 8 + 16  # what is not written takes no memory
-        matrix, numbers = np.empty((capacity, size), np.float32), np.zeros(capacity, np.int64)
-        if self.count:
-            matrix[: self.count], numbers[: self.count] = self.matrix[: self.count], self.numbers[: self.count]
-        self.matrix, self.numbers = matrix, numbers
-
-
-def _array(values):
-    """A NumPy array of an array or tensor."""
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-
-
-def _normalised(vectors, path):
-    """Vectors [K, D] at length 1."""
-    with np.errstate(over="ignore", invalid="ignore"):  # of damaged ones
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not np.isfinite(norms).all() or not norms.all():
-        raise ValueError(f"An embedding of {path} is zero or not finite where it is compared: it has no direction.")
-    return (vectors / norms).astype(np.float32, copy=False)
+def _numbers(rows):
+    return np.fromiter((number for (number,) in rows), np.int64)
 
 
 def _listed(recordings):
@@ -928,20 +665,23 @@ def _checked_name(name):
     return unicodedata.normalize("NFC", name)
 
 
+def _entry(entries, rate):
+    """The threshold for a rate; None where there is none."""
+    return next((entry for entry in entries if math.isclose(entry["false_accept_rate"], rate, rel_tol=1e-6)), None)
+
+
 def _counting_rate(entries, preferred):
     """The preferred rate where there is a threshold for it, else the default one, else the lowest there is."""
-    for rate in (preferred, DEFAULT_FALSE_ACCEPT_RATE):
-        for entry in entries:
-            if math.isclose(entry["false_accept_rate"], rate, rel_tol=1e-6):
-                return entry["false_accept_rate"]
-    return entries[0]["false_accept_rate"] if entries else preferred
+    if not entries:
+        return preferred
+    entry = _entry(entries, preferred) or _entry(entries, DEFAULT_FALSE_ACCEPT_RATE) or entries[0]
+    return entry["false_accept_rate"]
 
 
 def _find_threshold(entries, rate, path):
-    rate = checked_rate(rate)
-    for entry in entries:
-        if math.isclose(entry["false_accept_rate"], rate, rel_tol=1e-6):
-            return entry["threshold"]
+    entry = _entry(entries, checked_rate(rate))
+    if entry is not None:
+        return entry["threshold"]
     if not entries:
         raise ValueError(
             f"{path} has no threshold: its models were never calibrated; calibrate on recordings of other speakers."

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import unicodedata
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,6 +36,7 @@ which its owner alone can read; no audio is kept in it. COMMAND --help tells mor
 exit codes: 0 all was done, and verify accepted every recording; 1 verify rejected one; 2 something could not be done:
 each fault is named on standard error, and the other recordings are still done; 130 interrupted.
 """
+_NOTED_SHARE = 0.1  # of strangers who are taken for somebody
 _RATE_HELP = (
     "use the threshold that this share of comparisons with other people's recordings reached on the development set "
     "(default: the store's, which is 0.01 unless it was made with another). The rate is that of one comparison: among "
@@ -94,32 +96,31 @@ def _enroll(arguments):
 
 
 def _verify(arguments):
-    def verify(profiles, recording):
+    recordings, profiles = _recordings(arguments.recordings), _open(arguments, must_exist=True, name=arguments.name)
+
+    def verify(recording):
         result = profiles.verify(arguments.name, recording, arguments.false_accept_rate)
         shown = "accepted as" if result.accepted else "rejected as"
         line = f"{shown} {result.name}: score {result.score:.3f}, threshold {result.threshold:.3f}"
-        verified = {
-            "name": result.name,
-            "accepted": bool(result.accepted),
-            "score": result.score,
-            "threshold": result.threshold,
-            "false_accept_rate": result.false_accept_rate,
-        }
-        return [({}, verified, line)], bool(result.accepted)
+        return [({}, asdict(result), line)], result.accepted
 
-    profiles = _open(arguments, must_exist=True)
-    if arguments.name not in profiles.names():
-        raise RunError(f"There is no profile {arguments.name!r} in {arguments.store}.")
-    return _for_each(arguments, profiles, verify)
+    return _for_each(arguments, recordings, verify)
 
 
 def _identify(arguments):
+    recordings, profiles = _recordings(arguments.recordings), _open(arguments, must_exist=True)
     separator = _load_separator(arguments) if arguments.mixture else None
+    named = None  # the last result that names somebody
 
-    def identify(profiles, recording):
+    def told(result):
+        nonlocal named
+        named = result if result.name is not None else named
+        return asdict(result), _identified_line(result)
+
+    def identify(recording):
         if separator is None:
             result = profiles.identify(recording, arguments.candidates, arguments.false_accept_rate)
-            return [({}, _identified(result), _identified_line(result))], True
+            return [({}, *told(result))], True
         with SecondsBar("separated", delay=1, leave=False, disable=None) as bar:
             voices = profiles.identify_mixture(
                 recording, separator, arguments.candidates, arguments.false_accept_rate, bar.progress
@@ -127,13 +128,16 @@ def _identify(arguments):
         found = []
         for voice in voices:
             level = f"{voice.level_db:.0f} dB" if voice.level_db > float("-inf") else "nothing in it"
-            line = f"silent ({level})" if voice.is_silent else _identified_line(voice.identification)
-            known = {"name": None, "candidates": []} if voice.is_silent else _identified(voice.identification)
-            known["is_silent"] = voice.is_silent
-            found.append(({"voice": voice.number}, known, line))
+            known, line = {"name": None, "candidates": []}, f"silent ({level})"
+            if not voice.is_silent:
+                known, line = told(voice.identification)
+            found.append(({"voice": voice.number}, {**known, "is_silent": voice.is_silent}, line))
         return found, True
 
-    return _for_each(arguments, _open(arguments, must_exist=True), identify)
+    code = _for_each(arguments, recordings, identify)
+    if named is not None:
+        _note_many_profiles(named)
+    return code
 
 
 def _remove(arguments):
@@ -226,7 +230,7 @@ def _calibrate(arguments):
     embeddings = recogniser.encode_utterances(utterances, progressbar)
     of_profiles = embeddings if enroller is recogniser else enroller.encode_utterances(utterances, progressbar)
     scores = trials.scores(alignment or SameSpace(), of_profiles, embeddings)
-    rows = calibrate_thresholds(scores, trials.labels, sorted(set(arguments.rates)))
+    rows = calibrate_thresholds(scores, trials.labels, sorted({*arguments.rates, arguments.false_accept_rate} - {None}))
     if not rows:
         raise RunError(f"{arguments.corpus} has too few recordings for any threshold.")
     profiles.set_calibration(rows, arguments.false_accept_rate)
@@ -245,14 +249,13 @@ def _calibrate(arguments):
 # What they share
 
 
-def _for_each(arguments, profiles, recognise):
+def _for_each(arguments, recordings, recognise):
     """Recognise each recording and tell what came of it, whatever becomes of the others; the exit code."""
     is_each_done = is_each_accepted = True
-    recordings = _recordings(arguments.recordings)
     bar = tqdm(recordings, desc="recordings", leave=False, disable=None if len(recordings) > 1 else True)
     for name, recording in bar:
         try:
-            found, is_accepted = recognise(profiles, recording)
+            found, is_accepted = recognise(recording)
             is_each_accepted &= is_accepted
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the rest is still to be done
             is_each_done = False
@@ -271,16 +274,6 @@ def _for_each(arguments, profiles, recognise):
     return 2 if not is_each_done else 0 if is_each_accepted else 1
 
 
-def _identified(result):
-    return {
-        "name": result.name,
-        "candidates": [{"name": candidate.name, "score": candidate.score} for candidate in result.candidates],
-        "threshold": result.threshold,
-        "false_accept_rate": result.false_accept_rate,
-        "num_profiles": result.num_profiles,
-    }
-
-
 def _identified_line(result):
     scores = [f"{candidate.name} {candidate.score:.3f}" for candidate in result.candidates]
     if not scores:
@@ -289,6 +282,18 @@ def _identified_line(result):
         return f"nobody known: threshold {result.threshold:.3f}; best are {', '.join(scores)}"
     others = f"; next are {', '.join(scores[1:])}" if scores[1:] else ""
     return f"{result.name}: score {result.candidates[0].score:.3f}, threshold {result.threshold:.3f}{others}"
+
+
+def _note_many_profiles(result):
+    """Say that one of many profiles is reached more often than the false-accept rate tells."""
+    share = result.num_profiles * result.false_accept_rate
+    if result.num_profiles > 1 and share >= _NOTED_SHARE:
+        print(
+            f"note: among {result.num_profiles} profiles, at a false-accept rate of {result.false_accept_rate:g} for "
+            f"each, up to {100 * min(share, 1):.0f} % of strangers' recordings are taken for somebody: a lower "
+            "--false_accept_rate makes it fewer",
+            file=sys.stderr,
+        )
 
 
 def _recordings(sources):
@@ -303,13 +308,16 @@ def _recordings(sources):
     return [("stdin", sys.stdin.buffer.read()) if path is None else (str(path), str(path)) for path, _ in found]
 
 
-def _open(arguments, must_exist=False):
+def _open(arguments, must_exist=False, name=None):
+    """The store, with the models that were given; a name: of a profile that it must have."""
     from nessa_modules.profiles import VoiceProfiles
 
-    if must_exist:  # before a model is loaded
-        VoiceProfiles(arguments.store, must_exist=True).close()
+    profiles = VoiceProfiles(arguments.store, must_exist=must_exist)  # its faults are told before a model is loaded
+    if name is not None and name not in profiles.names():
+        raise RunError(f"There is no profile {name!r} in {arguments.store}.")
     if getattr(arguments, "model", None) is None:
-        return VoiceProfiles(arguments.store, must_exist=must_exist)
+        return profiles
+    profiles.close()
     alignment = _load_alignment(arguments)
     encoder = _load_encoder(arguments.model, arguments.device)
     rate = arguments.false_accept_rate
@@ -352,7 +360,7 @@ def _device(device):
 
 
 def _threshold_text(store):
-    thresholds = {entry["false_accept_rate"]: entry["threshold"] for entry in store["calibration"] or []}
+    thresholds = {entry["false_accept_rate"]: entry["threshold"] for entry in store["calibration"]}
     threshold = thresholds.get(store["false_accept_rate"])
     return "none" if threshold is None else f"{threshold:.3f}"
 

@@ -22,6 +22,7 @@ LABELS = {
     "logit": "speaker logits",
     "procrustes": "Procrustes",
     "least_squares": "least squares",
+    "nessa_start": "NESSA before training",
     "nessa_runtime": "NESSA, one-sided",
     "nessa": "NESSA",
 }
@@ -31,6 +32,7 @@ _LINES = {
     "logit": {"color": BLUE, "marker": "s", "ls": (0, (4, 1.5))},
     "procrustes": {"color": SKY_BLUE, "marker": "^", "ls": (0, (4, 1, 1, 1))},
     "least_squares": {"color": GREEN, "marker": "D", "ls": (0, (2, 1))},
+    "nessa_start": {"color": "#8C564B", "marker": "X", "ls": (0, (1, 1, 3, 1))},  # brown
     "nessa_runtime": {"color": AMBER, "marker": "P", "ls": (0, (6, 1))},
     "nessa": {"color": ORANGE, "marker": "o", "ls": "-"},
 }

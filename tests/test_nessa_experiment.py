@@ -128,7 +128,7 @@ def plan():
         "toy",
         v1=ModelPlan("xvector.yaml", {"channels": 8}, 0.5),
         v2=ModelPlan("ecapa.yaml"),
-        alignments={**alignments, "nessa": nessa, "nessa_runtime": nessa},
+        alignments={**alignments, "nessa_start": {}, "nessa": nessa, "nessa_runtime": nessa},
         num_enroll=2,
         sets_per_speaker=3,
         enroll_curve=(1, 2),
@@ -151,7 +151,7 @@ def test_the_whole_experiment(plan, tmp_path, fake_recipe, sources):
     """The error rates are those computed here anew; a second call trains and fits nothing."""
     results = run(plan, tmp_path / "out", fake_recipe, sources)
     assert set(results.main) == set(systems_of(plan))
-    assert len(results.main) == 2 + 2 * 6 + 2
+    assert len(results.main) == 2 + 2 * 7 + 2
     assert results.main[NEW].eer < 0.8 * results.main[OLD].eer
     assert set(results.by_sex) == {"f", "m"}
     assert set(results.by_enroll) == {1, 2}
@@ -306,6 +306,22 @@ def test_classifiers_are_matched_by_speaker():
     assert weights[1].tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
     assert shared_classifier(one, SimpleNamespace(classifier_weight=None, speakers=None)) is None
     assert shared_classifier(one, SimpleNamespace(classifier_weight=torch.eye(2), speakers=["a", "y"])) is None
+
+
+def test_a_plan_changes_its_base(tmp_path):
+    (tmp_path / "old.yaml").write_text(
+        "v1: {hparams: xvector.yaml, options: {lr: 0.1, n_mels: 24}}\nv2: {hparams: ecapa.yaml}\nnum_enroll: 2\n"
+    )
+    (tmp_path / "new.yaml").write_text("base: old.yaml\nv1: {options: {lr: 0.2}}\nsets_per_speaker: 7\n")
+    old, new = (read_plan(tmp_path / f"{name}.yaml") for name in ("old", "new"))
+    v1 = dataclasses.replace(old.v1, options={"lr": 0.2, "n_mels": 24})
+    assert new == dataclasses.replace(old, name="new", v1=v1, sets_per_speaker=7)
+    (tmp_path / "bad.yaml").write_text("base: ../old.yaml\n")
+    with pytest.raises(ValueError, match=r"base can only name a YAML of the same folder, but got '\.\./old\.yaml'"):
+        read_plan(tmp_path / "bad.yaml")
+    (tmp_path / "lost.yaml").write_text("base: none.yaml\n")
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_plan(tmp_path / "lost.yaml")
 
 
 @pytest.mark.parametrize("name", ["demo", "800_speakers", "recorded"])
@@ -508,7 +524,12 @@ def test_an_alignment_is_fitted_tested_and_calibrated(fit, recordings, kind, cap
 @pytest.mark.parametrize(
     ("steps", "cost", "max_steps", "words"),
     [
-        (40, 0.2, 400, "trained for 40 steps on 12 speakers: the cost of held-out speakers (0 to 1) is 0.200, was 0.500"),
+        (
+            40,
+            0.2,
+            400,
+            "trained for 40 steps on 12 speakers: the cost of held-out speakers (0 to 1) is 0.200, was 0.500",
+        ),
         (0, 0.5, 400, "a closed form of 12 speakers, which training did not improve: the cost"),
         (0, 0.5, 0, "a closed form of 12 speakers: the cost"),
         (0, None, 400, "none can be held out"),

@@ -1,5 +1,6 @@
 """Tests of the voice profiles: scores, thresholds, models that do not fit, several processes, kills, and removal."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import pytest
 from profiles_run import CALIBRATION, RATE, Aligned, Encoder, raw_bytes, speaker
 
 from nessa_modules import profile_file
-from nessa_modules.alignment import load_alignment, make_alignment
+from nessa_modules.alignment import ALIGNMENTS, load_alignment, make_alignment
+from nessa_modules.plan import NESSA_KINDS
 from nessa_modules.profiles import VoiceProfiles
 
 RUN = [sys.executable, str(Path(__file__).parent / "profiles_run.py")]
@@ -141,6 +143,28 @@ def test_without_a_threshold_nobody_is_recognised(path):
     refused("a false_accept_rate and a threshold", other.set_calibration, [{"rate": 0.5}])
 
 
+def test_an_alignment_that_is_calibrated_later(path):
+    """As for a new store, the lowest rate counts where there is no threshold for 0.01."""
+    alignment = Aligned(V1, V2)
+    alignment.calibration = None
+    VoiceProfiles(path, V1, alignment).enroll("Ada", [speaker(0)])
+    alignment.calibration = [{"false_accept_rate": rate, "threshold": 0.5} for rate in (0.1, 0.05)]
+    result = VoiceProfiles(path, V2, alignment).verify("Ada", speaker(0, 1))
+    assert (result.accepted, result.threshold, result.false_accept_rate) == (True, 0.5, 0.05)
+
+
+def test_thresholds_of_another_model_are_refused(profiles, path):
+    other = VoiceProfiles(path)
+    profiles.remove(*profiles.names())
+    other.migrate(None, V2)
+    refused("is a store of model v2, but the encoder is model v1", profiles.set_calibration, CALIBRATION)
+
+
+def test_a_calibration_without_a_model_begins_no_store(path):
+    refused("A new store needs an encoder or an alignment", VoiceProfiles(path).set_calibration, CALIBRATION)
+    assert VoiceProfiles(path).describe() is None
+
+
 def test_a_calibration_may_come_first(path):
     VoiceProfiles(path, V1).set_calibration(CALIBRATION, false_accept_rate=0.1)
     assert VoiceProfiles(path, must_exist=True).names() == []
@@ -164,11 +188,11 @@ def test_nobody_is_known_before_the_first(path):
 # Two models
 
 
-@pytest.mark.parametrize("kind", ["none", "logit", "procrustes", "least_squares"])
+@pytest.mark.parametrize("kind", ALIGNMENTS)
 def test_a_store_is_migrated_without_audio(path, tmp_path, kind):
     voices = np.stack([speaker(number, take)[0] for number in range(100, 160) for take in range(2)])
     speakers = np.repeat(np.arange(60), 2)
-    alignment = make_alignment(kind)
+    alignment = make_alignment(kind, **({"max_steps": 20} if kind in NESSA_KINDS else {}))
     alignment.fit(voices @ V1.matrix, voices @ V2.matrix, speakers)
     alignment.calibration = CALIBRATION
     alignment.save(tmp_path / "alignment", "v1", "v2")
@@ -239,6 +263,39 @@ def test_a_migration_while_a_recording_is_embedded(profiles, monkeypatch):
         monkeypatch.undo()
         assert profiles.identify(speaker(0, 9)).name == "Ada"
         profiles.migrate(None, V1, calibration=CALIBRATION)
+
+
+def test_a_migration_while_recordings_are_enrolled(profiles, monkeypatch):
+    """Their embeddings are the old model's, and are not kept as the new one's."""
+    embed = V1.encode_recording
+
+    def migrate_meanwhile(recording):
+        embedding = embed(recording)
+        profiles.migrate(Aligned(V1, V2), V2)
+        return embedding
+
+    monkeypatch.setattr(V1, "encode_recording", migrate_meanwhile)
+    refused("was moved to another model meanwhile", profiles.enroll, "Eve", speaker(5))
+    assert profiles.names() == ["Ada", "Bob", "Čeněk 李"]
+
+
+def test_other_threads_see_a_migration_as_one_step(profiles, monkeypatch):
+    """Neither the moved file with the old model nor the new model with the old file."""
+    results, threads = [], []
+    real = profile_file.ProfileFile.writing
+
+    @contextlib.contextmanager
+    def identify_after(self, *arguments):
+        with real(self, *arguments) as written:
+            yield written
+        threads.append(threading.Thread(target=lambda: results.append(profiles.identify(speaker(0, 9)).name)))
+        threads[0].start()
+        threads[0].join(timeout=0.3)
+
+    monkeypatch.setattr(profile_file.ProfileFile, "writing", identify_after)
+    profiles.migrate(Aligned(V1, V2), V2)
+    threads[0].join()
+    assert results == ["Ada"]
 
 
 def test_an_aligned_pair_of_which_each_place_has_one_model(path):
@@ -346,6 +403,11 @@ def test_one_recording_needs_no_list(profiles):
     refused("gone.wav was not found", profiles.enroll, "Finn", "gone.wav")
 
 
+def test_a_model_of_any_name_is_described(path):
+    VoiceProfiles(path, Encoder("large, v1")).enroll("Ada", [speaker(0)])
+    assert VoiceProfiles(path).describe()["profiles"] == [{"name": "Ada", "recordings": 1, "models": ["large, v1"]}]
+
+
 def test_a_name_that_is_taken_needs_to_be_added_to(profiles):
     refused("a profile 'Ada' .* already", profiles.enroll, "Ada", [speaker(0)])
     profiles.enroll("Ada", [speaker(0, 5)], add=True)
@@ -402,6 +464,16 @@ def test_a_file_that_takes_the_place_of_another(profiles, path, tmp_path):
     assert profiles.identify(speaker(0)).name == "Zoe"
     path.unlink()
     assert profiles.identify(speaker(0)).name is None
+
+
+def test_a_closed_file_that_is_written_over(profiles, path, tmp_path):
+    assert profiles.identify(speaker(0)).name == "Ada"
+    profiles.close()
+    with VoiceProfiles(tmp_path / "other.db", V1, calibration=CALIBRATION) as other:
+        for number, name in enumerate(("Zoe", "Yan", "Xia")):
+            other.enroll(name, [speaker(number)])
+    path.write_bytes((tmp_path / "other.db").read_bytes())
+    assert profiles.identify(speaker(0)).name == "Zoe"
 
 
 def test_a_process_may_go_elsewhere(tmp_path, monkeypatch):

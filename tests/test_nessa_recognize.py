@@ -16,6 +16,7 @@ from test_inference import speech_like
 from test_model_folder import make_export
 from test_nessa_encoder import export
 
+from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.separate import find_model
 from nessa_modules import recognize
 from nessa_modules.alignment import make_alignment
@@ -173,6 +174,40 @@ def test_identify(store, run, monkeypatch):
     assert out[0].startswith("stdin: Ada: ")
 
 
+def test_among_many_profiles_a_stranger_is_accepted_more_often(store, run):
+    def notes(*arguments):
+        return run("identify", *arguments, "--model", "old")[1]
+
+    assert notes("ada", "eve") == []  # two profiles at 0.01
+    assert notes("ada", "eve", "--false_accept_rate", "0.1") == [
+        "note: among 2 profiles, at a false-accept rate of 0.1 for each, up to 20 % of strangers' recordings are taken "
+        "for somebody: a lower --false_accept_rate makes it fewer"
+    ]
+    VoiceProfiles(store, V1).enroll_embeddings((f"p{n}", -V1.encode_recording(f"eve/{n % 3}.wav")) for n in range(200))
+    assert notes("eve/2.wav") == []  # nobody was named
+    (note,) = notes("ada", "bob", "--json")
+    assert note.startswith("note: among 202 profiles, at a false-accept rate of 0.01 for each, up to 100 % of ")
+    assert run("verify", "Ada", "ada", "--model", "old")[1] == []  # one comparison
+
+
+def test_mistakes_are_told_before_models_are_loaded(store, run, monkeypatch):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(recognize, "_load_encoder", load)
+    monkeypatch.setattr(recognize, "_load_separator", load)
+    (store.parent / "empty").mkdir()
+    for arguments in (["verify", "Ada"], ["identify"], ["identify", "--mixture"]):
+        _, err = run(*arguments, "empty", "--model", "old", code=2)
+        assert err == ["error: There is no recording in empty."]
+    _, err = run("verify", "Zoe", "ada", "--model", "old", code=2)
+    assert err == ["error: There is no profile 'Zoe' in voices.db."]
+    store.write_text("x" * 5000)
+    for arguments in (["enroll", "Eve"], ["verify", "Ada"], ["identify"], ["identify", "--mixture"]):
+        _, err = run(*arguments, "ada", "--model", "old", code=2)
+        assert err == ["error: voices.db is no store of voice profiles: it is no SQLite file."]
+
+
 def test_a_mixture(store, run, monkeypatch):
     voices = np.stack([tones(1, 2), 1e-4 * tones(0, 2), tones(2, 2)], axis=1).astype(np.float32)
     separator = SimpleNamespace(sample_rate=RATE, separate_file=lambda recording, progress: voices)
@@ -192,8 +227,13 @@ def test_a_mixture(store, run, monkeypatch):
 def test_a_mixture_through_a_real_separator(store, run):
     folder = make_export(store.parent / "separator")
     write(store.parent / "meeting.wav", speech_like(16000, num_voices=1)[:, 0])
+    voices = SepformerDSDSeparation.from_hparams(folder).separate_file(store.parent / "meeting.wav")
+    for number in (1, 2):
+        write(store.parent / f"voice{number}.wav", voices[:, number - 1].numpy())
+        run("enroll", f"V{number}", f"voice{number}.wav", "--model", "old")
     out, _ = run("identify", "meeting.wav", "--mixture", "--separator", folder, "--model", "old")
-    assert [line.split(":")[0] for line in out] == ["meeting.wav, voice 1", "meeting.wav, voice 2"]
+    for number, line in enumerate(out, start=1):
+        assert line.startswith(f"meeting.wav, voice {number}: V{number}: score 1.000")
 
 
 def test_a_mixture_without_a_separator(store, run, monkeypatch):
@@ -277,6 +317,9 @@ def test_calibrate(here, run, caplog):
     assert " at a false-accept rate of 0.2, which rejects " in out[1]
     assert out[2:] == ["the threshold at 0.2 counts, unless --false_accept_rate says otherwise"]
     assert VoiceProfiles("voices.db").describe()["false_accept_rate"] == 0.2
+    out, _ = run("calibrate", "dev.csv", "--model", "old", "--false_accept_rate", "0.02")
+    assert [" at a false-accept rate of 0.02, " in line for line in out[1:5]] == [False, False, True, False]
+    assert out[5:] == ["the threshold at 0.02 counts, unless --false_accept_rate says otherwise"]
     out, _ = run("calibrate", "dev.csv", "--model", "old")
     assert out[4:] == ["the threshold at 0.01 counts, unless --false_accept_rate says otherwise"]
 
@@ -355,10 +398,23 @@ def test_wrong_usage(arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_help_starts_without_the_models():
-    command = "import sys; from nessa_modules import recognize\nfor c in 'enroll', 'migrate', 'calibrate':\n"
-    command += " try: recognize.main([c, '--help'])\n except SystemExit: pass\nsys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", command], capture_output=True).returncode == 0
+HEAVY = ("torch", "speechbrain", "scipy", "sklearn", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [["--help"], *([command, "--help"] for command in ("enroll", "verify", "identify", "migrate", "calibrate"))],
+        [["list"], ["list", "--json"]],
+        [["remove", "Ada"]],
+    ],
+)
+def test_what_needs_no_model_starts_without_what_models_need(store, commands):
+    code = "import contextlib, sys; from nessa_modules import recognize\n"
+    code += f"for command in {commands}:\n with contextlib.suppress(SystemExit): recognize.main(command)\n"
+    code += f"sys.exit(', '.join(sys.modules.keys() & {HEAVY}) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_the_whole_way_with_real_models(tmp_path, monkeypatch, capsys):

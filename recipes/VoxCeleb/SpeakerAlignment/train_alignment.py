@@ -73,7 +73,8 @@ EXPECTED = {
 }
 _OF_NESSA = ("hidden_size", "max_profile", "speakers_per_batch", "max_steps", "lr", "dropout", "seed")
 # Which of the options a kind of alignment takes.
-OPTIONS_OF = {"logit": ("center",), "least_squares": ("ridge", "seed"), **dict.fromkeys(NESSA_KINDS, _OF_NESSA)}
+OPTIONS_OF = {"logit": ("center",), "least_squares": ("ridge", "seed"), "nessa_start": ("max_profile", "seed")}
+OPTIONS_OF |= dict.fromkeys(NESSA_KINDS, _OF_NESSA)
 
 
 def check_options(options):
@@ -216,7 +217,7 @@ def main(argv):
         own_options = {name: options[name] for name in OPTIONS_OF.get(kind, ())}
         alignment = fit_alignment(
             kind,
-            {**own_options, "progressbar": True} if kind in NESSA_KINDS else own_options,
+            {**own_options, "progressbar": True} if kind.startswith("nessa") else own_options,
             (embeddings["enroll", "alignment"], embeddings["runtime", "alignment"]),
             [utterance.speaker for utterance in utterances["alignment"]],
             (encoders["enroll"], encoders["runtime"]),
