@@ -246,6 +246,11 @@ def test_what_is_amended_and_what_stays(tmp_path):
         assert text.count("## ONNX") == 1
         assert "| `separator_blocks1.onnx` | 1 | 80,000 | 1e-06 |" in text
         assert "at least 16 samples" in text
+    path.write_text(path.read_text() + "\n## Notes\n\nWhat the trainer wrote below.\n")
+    amend_card(exported, onnx_files=[file])
+    _, text = read_card(path)
+    assert text.count("## ONNX") == 1
+    assert section(text, "Notes") == "\nWhat the trainer wrote below.\n"
     assert "A line of the trainer's own" in text
     assert section(text, "Results") == section(before, "Results")
 

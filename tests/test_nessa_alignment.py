@@ -28,7 +28,7 @@ from nessa_modules.alignment import (
     speaker_means,
 )
 
-SMALL = dict.fromkeys(("nessa", "nessa_runtime"), {"hidden_size": 8, "max_steps": 20})
+SMALL = {kind: {"hidden_size": 8, "max_steps": 20} for kind in ("nessa", "nessa_runtime")}
 
 
 def paired(num_speakers=9, utterances=3, sizes=(8, 6), seed=0):

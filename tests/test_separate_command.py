@@ -22,6 +22,7 @@ from test_model_folder import make_export
 from dsd_modules import separate
 from dsd_modules.inference import SepformerDSDSeparation
 from dsd_modules.separate import find_model, plan_outputs
+from shared_modules import errors
 from shared_modules.errors import RunError
 from shared_modules.recording_files import find_recordings
 
@@ -548,6 +549,17 @@ def test_ranks_that_cannot_be(monkeypatch, capsys, rank, size):
     monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert separate.main(["a.wav"]) == 2
     assert "RANK can only be 0 to WORLD_SIZE - 1" in capsys.readouterr().err
+
+
+def test_another_rank_than_the_main_one_waits_and_says_its_number(here, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (here / "empty").mkdir()
+    assert separate.main(["empty"]) == 2
+    assert capsys.readouterr().err == "error (rank 1): There is no recording in empty.\n"
+    assert waits == [5]
 
 
 def test_names_that_are_too_long(here, model, capsys):
