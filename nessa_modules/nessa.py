@@ -1,10 +1,11 @@
 """NESSA: two small networks that bring two frozen models' embeddings into one space, trained with a contrastive loss.
 
-Of the paper (Gao et al. 2024, *Neural Embedding Speaker Space Alignment*, arXiv 2401.12440) only the abstract and
-summaries were at hand: the networks, the loss and the way they are fitted are this project's own. A network is a
-linear map plus a hidden layer. The linear map starts where a closed form puts it, the hidden layer at zero; held-out
-alignment speakers choose the closed form and the number of training steps, so that with few speakers, where training
-would only learn those by heart, the fit stays at the closed form.
+Of the paper (Gao et al. 2024, *Post-Training Embedding Alignment for Decoupling Enrollment and Runtime Speaker
+Recognition Models*, arXiv 2401.12440) only the abstract and summaries were at hand: the networks, the loss and the way
+they are fitted are this project's own. A network is a linear map plus a hidden layer. The linear map starts where a
+closed form puts it, the hidden layer at zero; held-out alignment speakers choose the closed form and the number of
+training steps, so that with few speakers, where training would only learn those by heart, the fit stays at the closed
+form.
 """
 
 import itertools
