@@ -362,42 +362,21 @@ def prepare(folder, model, cases):
 
 def export_random(folder, size):
     """Export a SepFormer with random weights."""
-    import torch
-    import yaml
-    from speechbrain.lobes.models.dual_path import Decoder, Encoder, SBTransformerBlock
-
-    from dsd_modules.masknet import DualPathMaskNet
     from dsd_modules.model_folder import export_model
     from dsd_modules.options import read_options
 
-    torch.manual_seed(0)
-    options = read_options(RECIPE_YAML, yaml.safe_dump(SIZES[size]) if SIZES[size] else "")[1]
-    channels, kernel = options["num_filters"], options["kernel_size"]
-    models = [
-        SBTransformerBlock(
-            options[f"num_{name}_layers"],
-            channels,
-            nhead=options["num_heads"],
-            d_ffn=options["d_ffn"],
-            use_positional_encoding=True,
-            norm_before=True,
-        )
-        for name in ("intra", "inter")
-    ]
-    modules = {
-        "encoder": Encoder(kernel, channels),
-        "masknet": DualPathMaskNet(
-            channels,
-            channels,
-            *models,
-            num_layers=options["num_blocks"],
-            K=options["chunk_size"],
-            num_spks=options["num_spks"],
-            linear_layer_after_inter_intra=False,
-        ),
-        "decoder": Decoder(channels, 1, kernel, stride=kernel // 2, bias=False),
-    }
+    with tempfile.TemporaryDirectory() as run_folder:
+        modules = load_recipe(size, run_folder)["modules"]
+    options = read_options(RECIPE_YAML, "\n".join(f"{name}: {value}" for name, value in SIZES[size].items()))[1]
     export_model(folder, RECIPE_YAML, options, modules)
+
+
+def load_recipe(size, run_folder, **options):
+    """What the recipe's YAML builds at a size. Its seed gives all the same weights."""
+    from hyperpyyaml import load_hyperpyyaml
+
+    with open(RECIPE_YAML, encoding="utf-8") as stream:
+        return load_hyperpyyaml(stream, {**SIZES[size], **options, "output_folder": str(run_folder)})
 
 
 def write_audio(path, seconds, sample_rate, source):

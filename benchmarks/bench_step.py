@@ -28,8 +28,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of PyTorch's profiler
 
 import torch
-from bench_inference import SIZES
-from hyperpyyaml import load_hyperpyyaml
+from bench_inference import RECIPE_YAML, SIZES, load_recipe
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.lobes.models.dual_path import Dual_Path_Model
 from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
@@ -37,7 +36,6 @@ from tqdm import tqdm
 
 from dsd_modules.sampling import TrainingBatches
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "LibriMix" / "separation"
 SPEECHBRAIN = "SpeechBrain"
 DSD_LO = {"dsd_mode": "drop", "layerwise": True}
 OPTIONS = {
@@ -82,13 +80,11 @@ class Cost:
 
 
 def recipe_brain(setting, folder, **options):
-    """This recipe's Brain, in the first epoch that may exclude samples. The YAML's seed gives all the same weights."""
-    if str(RECIPE) not in sys.path:
-        sys.path.insert(0, str(RECIPE))
+    """This recipe's Brain, in the first epoch that may exclude samples."""
+    if str(RECIPE_YAML.parents[1]) not in sys.path:
+        sys.path.insert(0, str(RECIPE_YAML.parents[1]))
     separation = importlib.import_module("train").Separation
-    overrides = {**SIZES[setting.size], **options, "output_folder": str(folder), "precision": setting.precision}
-    with open(RECIPE / "hparams" / "sepformer_dsd.yaml", encoding="utf-8") as stream:
-        hparams = load_hyperpyyaml(stream, overrides)
+    hparams = load_recipe(setting.size, folder, precision=setting.precision, **options)
     run_opts = {"device": str(setting.device), "precision": setting.precision}
     brain = separation(hparams["modules"], hparams["optimizer"], hparams, run_opts)
     brain.init_optimizers()

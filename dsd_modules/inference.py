@@ -106,14 +106,13 @@ class SepformerDSDSeparation:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision can only be 'fp32' or 'bf16', but got {precision!r}.")
         self.device = find_device(device)
-        if precision == "bf16":
+        if precision == "bf16":  # once; autocast alone would convert them at each call
             modules = copy.deepcopy(modules)  # the caller's stay in float32
+            for module in modules["masknet"].modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.MultiheadAttention):
+                    module.bfloat16()
         self.mods = torch.nn.ModuleDict(modules).to(self.device).eval().requires_grad_(False)
         self.sample_rate, self.precision = sample_rate, precision
-        if precision == "bf16":  # once; autocast alone would convert them at each call
-            for module in self.mods["masknet"].modules():
-                if isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention)):
-                    module.bfloat16()
         self.num_spks = self.mods["masknet"].num_spks
         self.num_blocks = self.mods["masknet"].num_layers
 
@@ -319,8 +318,8 @@ class SepformerDSDSeparation:
         The latency is ``hop_seconds + fade_seconds``, always: when ``n`` samples have come, the voices of all but
         the last ``latency`` samples have been given. Each hop, the last window is separated anew, with a second more
         for each voice that pauses; so it takes ``window_seconds / hop_seconds`` times the computing of a recording, and
-        more. The voices are followed, and the
-        gains are those with which they add up to the mixture so far; they are never turned down for loudness.
+        more. The voices are followed, and the gains are those with which they add up to the mixture so far; they are
+        never turned down for loudness.
 
         Arguments
         ---------

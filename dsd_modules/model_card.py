@@ -70,18 +70,19 @@ def write_card(folder, run_folder=None, table=None, test_block=None, licence=UNK
     check_licence(licence)
     model = _describe_model(folder)
     run = _read_run(run_folder, table)
-    data_name, data_text = _describe_data(run.get("options"))
-    header = _header(model, run, data_name, licence)
+    options = run.get("options")
+    data_name, data_text = _describe_data(options)
+    sizes = f" Mixtures: {', '.join(run['sizes'])}." if run.get("sizes") else ""
     sections = [
-        f"---\n{header}\n---\n",
-        f"# {model['title']}\n\n{_about(model, run)}\n",
-        f"## Data\n\n{data_text}{_manifest_sizes(run)}\n",
+        f"---\n{_header(model, run, data_name, licence)}\n---\n",
+        f"# {model['title']}\n\n{_about(model, options)}\n",
+        f"## Data\n\n{data_text}{sizes}\n",
         f"## Training\n\n{_training(run)}\n",
         f"## Results\n\n{_results(run, test_block)}\n",
         f"## How to load\n\n{_how_to_load(model)}\n",
-        f"## Limits\n\n{_limits(model, run.get('options'))}\n",
-        f"## Licence\n\n{_licence(run.get('options'))}\n",
-        f"## Sources\n\n{_sources(model, run.get('options'))}\n",
+        f"## Limits\n\n{_limits(model, options)}\n",
+        f"## Licence\n\n{_licence(options)}\n",
+        f"## Sources\n\n{_sources(model, options)}\n",
     ]
     path = Path(folder) / CARD_FILE
     with write_whole(path) as stream:
@@ -119,8 +120,10 @@ def amend_card(folder, licence=None, source=None, onnx_files=None):
     if source is not None:
         text = re.sub(r'^source = ".*"', f'source = "{source}"', text, flags=re.MULTILINE)
     if onnx_files is not None:
-        before = text.split(f"\n{ONNX_HEADING}\n")[0].rstrip("\n")
-        text = f"{before}\n\n{ONNX_HEADING}\n\n{_onnx(onnx_files)}\n"
+        before, _, section = text.partition(f"\n{ONNX_HEADING}\n")
+        _, heading, after = section.partition("\n## ")
+        before = before.rstrip("\n")
+        text = f"{before}\n\n{ONNX_HEADING}\n\n{_onnx(onnx_files)}\n{heading}{after}"
     with write_whole(path) as stream:
         stream.write(text)
 
@@ -190,9 +193,12 @@ def _read_run(run_folder, table):
         if groups.exists():
             with open(groups, newline="", encoding="utf-8") as stream:
                 run["groups"] = list(csv.DictReader(stream))
-    run["sizes"] = {
-        name: _manifest_size(run_folder / "manifests" / f"{name}.csv") for name in ("train", "valid", "test")
-    }
+    sets = {"train": "training", "valid": "validation", "test": "test"}
+    run["sizes"] = [
+        f"{word} {size}"
+        for name, word in sets.items()
+        if (size := _manifest_size(run_folder / "manifests" / f"{name}.csv"))
+    ]
     return run
 
 
@@ -213,16 +219,19 @@ def _changed_options(hparams_file, options):
 
 
 def _manifest_size(path):
-    """The number of mixtures and of their hours, or None."""
+    """The number of mixtures and their duration, as text, or None."""
     try:
         with open(path, newline="", encoding="utf-8") as stream:
             seconds = [float(row["duration"]) for row in csv.DictReader(stream)]
     except (OSError, KeyError, TypeError, ValueError):
         return None
-    return len(seconds), sum(seconds) / 3600
+    hours = sum(seconds) / 3600
+    return f"{len(seconds):,} ({f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'})"
 
 
 def _data_kind(options):
+    if options is None:
+        return None
     if options.get("train_manifest"):
         return "own"
     if options.get("librispeech_folder"):
@@ -234,7 +243,7 @@ def _describe_data(options):
     """The name of the data for the header, and a text."""
     if options is None:
         return "unknown data", "The run that this model comes from was not at hand when this card was written."
-    get, corpus = options.get, f"Libri{options.get('num_spks', 2) if options.get('num_spks') != 1 else 2}Mix"
+    get, corpus = options.get, f"Libri{max(2, options.get('num_spks', 2))}Mix"
     sets = " and ".join(get("train_sets") or [])
     form = f"{_TASKS.get(get('task'), get('task'))}, `{get('mode')}` mode, {get('sample_rate', 8000) / 1000:g} kHz"
     kind = _data_kind(options)
@@ -258,21 +267,9 @@ def _describe_data(options):
     return name, text
 
 
-def _manifest_sizes(run):
-    words = {"train": "training", "valid": "validation", "test": "test"}
-    sizes = [(words[name], *size) for name, size in run.get("sizes", {}).items() if size]
-    if not sizes:
-        return ""
-    durations = [f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" for _, _, hours in sizes]
-    listed = [f"{name} {num:,} ({time})" for (name, num, _), time in zip(sizes, durations, strict=True)]
-    return f" Mixtures: {', '.join(listed)}."
-
-
-def _about(model, run):
-    options = run.get("options")
-    millions = (
-        f"{model['num_weights'] / 1e6:.2g}" if model["num_weights"] < 1e7 else f"{model['num_weights'] / 1e6:.0f}"
-    )
+def _about(model, options):
+    millions = model["num_weights"] / 1e6
+    millions = f"{millions:.2g}" if millions < 10 else f"{millions:.0f}"
     if model["num_spks"] == 1:
         text = "Takes the noise out of a recording of one speaker"
     else:
@@ -296,10 +293,10 @@ def _training(run):
     options = run.get("options")
     if options is None:
         return "The set-up is not known."
-    lines = []
-    epochs, scores = epoch_series(run.get("history", []), "valid_si_sdri")
-    if run.get("history"):
-        lines.append(f"{run['history'][-1]['epoch']} epochs were run.")
+    lines, history = [], run.get("history", [])
+    if history:
+        lines.append(f"{history[-1]['epoch']} epochs were run.")
+    epochs, scores = epoch_series(history, "valid_si_sdri")
     if epochs:
         best = max(range(len(scores)), key=scores.__getitem__)
         lines.append(
@@ -322,7 +319,7 @@ def _training(run):
 
 def _value(value):
     """As a YAML of the recipe has it."""
-    return value if isinstance(value, str) else json.dumps(value) if not isinstance(value, bool) else str(value)
+    return str(value) if isinstance(value, str | bool) else json.dumps(value)
 
 
 def _results(run, test_block):
@@ -330,13 +327,11 @@ def _results(run, test_block):
         return "No test was run, so nothing is known of how well it separates."
     scores = run["scores"]
     names = list(main_scores(scores))
-    units = {"SI-SDRi": "SI-SDRi, dB", "SDRi": "SDRi, dB"}
+    name = "test set" if test_block is None else f"test set, block {test_block}"
     table = [
-        f"| | mixtures | {' | '.join(units.get(name, name) for name in names)} |",
+        f"| | mixtures | {' | '.join(map(_with_unit, names))} |",
         f"|---|---{'|---' * len(names)}|",
-        _score_row(
-            "test set" if test_block is None else f"test set, block {test_block}", run["num_mixtures"], scores, names
-        ),
+        _score_row(name, run["num_mixtures"], scores, names),
     ]
     groups = run.get("groups", [])
     if len(groups) > 1:  # one alone is the whole test set
@@ -346,11 +341,13 @@ def _results(run, test_block):
     text = "Means over the test mixtures of the data above, measured by the run.\n\n" + "\n".join(table)
     of_blocks = {name.removeprefix("si_sdri_block"): value for name, value in scores.items() if "si_sdri_block" in name}
     if of_blocks:
-        rows = [f"| {block} | {value:.2f} |" for block, value in of_blocks.items()]
-        text += "\n\nWith the first blocks alone, and with all:\n\n" + "\n".join(
-            ["| blocks | SI-SDRi, dB |", "|---|---|", *rows]
-        )
+        rows = "\n".join(f"| {block} | {value:.2f} |" for block, value in of_blocks.items())
+        text += f"\n\nWith the first blocks alone, and with all:\n\n| blocks | SI-SDRi, dB |\n|---|---|\n{rows}"
     return text
+
+
+def _with_unit(name):
+    return f"{name}, dB" if "SDR" in name else name
 
 
 def _score_row(name, num_mixtures, scores, columns):
@@ -389,7 +386,7 @@ def _limits(model, options):
         "- Which voice comes first is arbitrary.",
         "- It was tested on the data above alone: not on other languages, rooms, microphones or noises.",
     ]
-    if options is not None and _data_kind(options) == "synthetic":
+    if _data_kind(options) == "synthetic":
         lines[-1] = "- It has heard synthetic voices alone: it is for trying and testing, not for recordings of people."
     return "\n".join(lines)
 
@@ -400,7 +397,7 @@ def _licence(options):
         "means that no licence was chosen, so that none is given. The code, dsd-separation and SpeechBrain, is "
         "Apache-2.0."
     )
-    kind = None if options is None else _data_kind(options)
+    kind = _data_kind(options)
     if kind == "synthetic":
         data = "espeak-ng, which spoke the training data, is a program under the GPL-3; it is no part of this model."
     else:
@@ -420,7 +417,7 @@ def _sources(model, options):
         "This model is of an independent implementation; no number of this card is the paper's.",
         "- SpeechBrain: https://arxiv.org/abs/2106.04624",
     ]
-    if options is not None and _data_kind(options) != "own":
+    if _data_kind(options) not in ("own", None):
         lines.append("- LibriMix: https://arxiv.org/abs/2005.11262")
     return "\n".join(lines)
 
@@ -434,7 +431,7 @@ def _header(model, run, data_name, licence):
             dataset_type=re.sub(r"[^a-z0-9]+", "-", data_name.lower()).strip("-"),
             dataset_name=f"{data_name}, {run['num_mixtures']} test mixtures",
             metric_type=name.lower(),
-            metric_name=f"{name}, dB" if "SDR" in name else name,
+            metric_name=_with_unit(name),
             metric_value=round(value, 2),
         )
         for name, value in scores.items()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shared_modules.errors import RunError, mistakes_as_run_errors
+from shared_modules.errors import RunError, error_line, mistakes_as_run_errors
 from shared_modules.recording_files import VOICE, find_recordings
 from shared_modules.terminal import SecondsBar, leave, positive, printable
 
@@ -27,7 +27,6 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 _MOST_VOICES = 9  # looked for, of an earlier run
 _SECONDS_BETWEEN_MESSAGES = 0.1
-_SECONDS_FOR_THE_MAIN_RANK = 5
 
 _EPILOG = """\
 examples:
@@ -240,9 +239,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 1
     except RunError as error:
-        if rank:  # if it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile
-            time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
-        print(f"error{f' (rank {rank})' if rank else ''}: {printable(error)}", file=sys.stderr)
+        print(error_line(printable(error), rank), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -302,16 +299,16 @@ class _Report:
 
     def __init__(self, tasks, has_bars):
         self.counts = Counter()
-        self._tasks, self._names = tasks, [printable(task.name) for task in tasks]
+        self._names = [printable(task.name) for task in tasks]
         self._width = min(40, max(map(len, self._names), default=0))
         self._options = {"leave": False, "disable": None if has_bars else True, "dynamic_ncols": True}
         self._bars = {}
         self._all = None
 
     def __enter__(self):
-        if len(self._tasks) > 1:
+        if len(self._names) > 1:
             form = "{desc}: {n_fmt}/{total_fmt}|{bar}| [{elapsed}<{remaining}]"
-            self._all = tqdm(total=len(self._tasks), desc="recordings", bar_format=form, **self._options)
+            self._all = tqdm(total=len(self._names), desc="recordings", bar_format=form, **self._options)
         return self
 
     def __exit__(self, *_):

@@ -32,6 +32,17 @@ def mistakes_as_run_errors():
         raise RunError(str(error)) from None
 
 
+def error_line(fault, rank):
+    """``error: fault``; of another rank than the main one with its number, and some seconds later.
+
+    If it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile.
+    """
+    if str(rank) == "0":
+        return f"error: {fault}"
+    time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
+    return f"error (rank {rank}): {fault}"
+
+
 def ends_in_one_sentence(main=None, *, interrupted="interrupted: the same command goes on from the last checkpoint"):
     """Decorate a command's main function: what its user can mend is said in one sentence, with exit code 1.
 
@@ -46,22 +57,17 @@ def ends_in_one_sentence(main=None, *, interrupted="interrupted: the same comman
         try:
             return main(*args, **kwargs)
         except RunError as error:
-            sentence = f"error: {error}"
+            fault = str(error)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                sentence = f"error: {error.filename or 'what the run writes'}: {error.strerror}"
-            elif error.filename is None or error.strerror is None:
+            place = error.filename
+            if place is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                place = "what the run writes"
+            if place is None or error.strerror is None:
                 raise
-            else:
-                sentence = f"error: {error.filename}: {error.strerror}"
+            fault = f"{place}: {error.strerror}"
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)
             sys.exit(130)
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            # If it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile.
-            time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
-            sentence = sentence.replace("error:", f"error (rank {rank}):", 1)
-        sys.exit(sentence)
+        sys.exit(error_line(fault, os.environ.get("RANK", "0")))
 
     return wrapped

@@ -22,17 +22,44 @@ class _PlainLoader(yaml.SafeLoader):
 _PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
+# What an option may be: a test of its value, and the words for what is expected, as :func:`check_values` takes them.
+
+
 def one_of(*values):
+    """One of some values.
+
+    Example
+    -------
+    >>> is_right, words = one_of("drop", "reorder")
+    >>> is_right("reorder"), is_right("keep"), words
+    (True, False, 'one of drop, reorder')
+    """
     # True == 1 == 1.0, so the type counts too.
     return lambda v: any(v == w and type(v) is type(w) for w in values), "one of " + ", ".join(map(str, values))
 
 
 def whole(least, most=math.inf):
+    """A whole number in a range, both ends included.
+
+    Example
+    -------
+    >>> is_right, words = whole(1)
+    >>> is_right(3), is_right(0), is_right(2.0), words
+    (True, False, False, 'a whole number of at least 1')
+    """
     expected = f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most, expected
 
 
 def number(is_right, expected):
+    """A finite number that passes a test, which the words expected tell.
+
+    Example
+    -------
+    >>> is_right, words = number(lambda v: v > 0, "above 0")
+    >>> is_right(0.5), is_right(0), is_right(float("inf")), words
+    (True, False, False, 'a number above 0')
+    """
     return (
         lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and is_right(v),
         f"a number {expected}",
@@ -40,11 +67,26 @@ def number(is_right, expected):
 
 
 def optional(check):
+    """Nothing, or what another check takes.
+
+    Example
+    -------
+    >>> optional(whole(1))[1]
+    'null or a whole number of at least 1'
+    """
     is_right, expected = check
     return lambda v: v is None or is_right(v), f"null or {expected}"
 
 
 def list_of(is_right, expected):
+    """A list that is not empty and passes a test, which the words expected tell.
+
+    Example
+    -------
+    >>> is_right, words = list_of(lambda v: len(set(v)) == len(v), "a list of different values")
+    >>> is_right([1, 2]), is_right([1, 1]), is_right([])
+    (True, False, False)
+    """
     return lambda v: isinstance(v, list) and len(v) > 0 and is_right(v), expected
 
 

@@ -337,6 +337,22 @@ def test_another_recording_clears_the_voices(server, visit):
 
 
 @in_a_browser
+def test_the_word_of_a_new_recording_may_come_late(tmp_path, server, visit):
+    """On a busy machine its separation may have begun, or be over, when the page is told that it is new."""
+    soundfile.write(tmp_path / "a.wav", noise(8000), 8000)
+    page, late = visit(server), []
+    page.route("**/queue/join*", lambda route: route.continue_() if late else late.append(route))
+    give(page, tmp_path / "a.wav")
+    while not late:
+        page.wait_for_timeout(50)
+    separate(page)
+    with page.expect_response("**/queue/join*"):
+        late[0].continue_()
+    page.wait_for_timeout(1000)
+    assert_shown(page, 2, 1)
+
+
+@in_a_browser
 def test_visitors_do_not_mix(tmp_path, server, visit):
     """Two at once, with files of one name."""
     pages, paths = [], []
