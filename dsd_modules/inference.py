@@ -125,9 +125,9 @@ class SepformerDSDSeparation:
         source : str or Path
             A local folder from :func:`dsd_modules.model_folder.export_model`, or a separator in SpeechBrain's
             published form; or its name on the Hugging Face hub, such as ``speechbrain/sepformer-libri2mix``, with
-            ``@revision`` where one is to be pinned. From there it is downloaded into the hub's own cache.
-        savedir : str, optional
-            Not used: SpeechBrain's calls name it.
+            ``@revision`` where one is to be pinned.
+        savedir : str or Path, optional
+            Where a model from the hub is put; left out: the hub's own cache. A local folder is read where it is.
         run_opts : dict, optional
             ``{"device": "cuda", "precision": "bf16"}``; without them the CPU and fp32.
 
@@ -141,7 +141,7 @@ class SepformerDSDSeparation:
             If the folder or a file is missing or cannot be downloaded, its YAML is not that of a separator of
             these kinds or asks for anything to be run, or its weights do not fit.
         """
-        modules, sample_rate = read_model(source)
+        modules, sample_rate = read_model(source, savedir)
         run_opts = run_opts or {}
         return cls(modules, sample_rate, run_opts.get("device") or "cpu", run_opts.get("precision") or "fp32")
 

@@ -190,15 +190,17 @@ def model_options(hparams_file):
     return [n for n, value in part.items() if not isinstance(value, dict | list) and n not in _TRAINING_OPTIONS]
 
 
-def read_model(folder):
+def read_model(folder, savedir=None):
     """Build the model of a folder. No code of the folder is run.
 
     Arguments
     ---------
     folder : str or Path
         From :func:`export_model`, or a separator in SpeechBrain's published form; or its name on the Hugging
-        Face hub, ``owner/name`` or ``owner/name@revision``, from where its four files are downloaded into the
-        hub's own cache. Or the folder of a run, whose ``exported`` is read.
+        Face hub, ``owner/name`` or ``owner/name@revision``, from where its four files are downloaded. Or the folder
+        of a run, whose ``exported`` is read.
+    savedir : str or Path, optional
+        Where files from the hub are put; left out: the hub's own cache.
 
     Returns
     -------
@@ -220,7 +222,7 @@ def read_model(folder):
     Traceback (most recent call last):
     ValueError: The model folder no/such/folder was not found; expected a local folder with encoder.ckpt, ...
     """
-    folder = find_folder(folder, _CHECKPOINTS)
+    folder = find_folder(folder, _CHECKPOINTS, savedir=savedir)
     try:
         modules, sample_rate = _read_modules(folder)
     except FileNotFoundError:

@@ -228,10 +228,9 @@ class SpeakerEncoder:
         source : str or Path
             A folder from :func:`export_encoder`, or the folder of a run that holds one; an ECAPA-TDNN, ResNet or
             x-vector in the form of SpeechBrain's ``EncoderClassifier``; or its name on the Hugging Face hub, such
-            as ``speechbrain/spkrec-ecapa-voxceleb``, with ``@revision`` where one is to be pinned. From there it is
-            downloaded into the hub's own cache.
-        savedir : str, optional
-            Not used: SpeechBrain's calls name it.
+            as ``speechbrain/spkrec-ecapa-voxceleb``, with ``@revision`` where one is to be pinned.
+        savedir : str or Path, optional
+            Where a model from the hub is put; left out: the hub's own cache. A local folder is read where it is.
         run_opts : dict, optional
             ``{"device": "cuda"}``; without it the CPU.
 
@@ -245,8 +244,7 @@ class SpeakerEncoder:
             If the folder or a file is missing or cannot be downloaded, its YAML is not that of such a model or asks
             for anything else, or its weights do not fit.
         """
-        del savedir
-        folder = find_folder(source, [MODEL_FILE], [CLASSIFIER_FILE, *LABEL_FILES])
+        folder = find_folder(source, [MODEL_FILE], [CLASSIFIER_FILE, *LABEL_FILES], savedir)
         path = folder / HPARAMS_FILE
         try:
             text = read_text_file(path)

@@ -223,18 +223,20 @@ def read_text_file(path):
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def find_folder(source, files, optional_files=()):
+def find_folder(source, files, optional_files=(), savedir=None):
     """The local folder of a model; one on the hub is downloaded.
 
     Arguments
     ---------
     source : str or Path
         A folder, the folder of a run, whose ``exported`` is meant, or a name on the Hugging Face hub,
-        ``owner/name`` or ``owner/name@revision``, from where its files are downloaded into the hub's own cache.
+        ``owner/name`` or ``owner/name@revision``, from where its files are downloaded.
     files : sequence of str
         Checkpoints that a model needs beside ``hyperparams.yaml``.
     optional_files : sequence of str
         What else is downloaded where it is there.
+    savedir : str or Path, optional
+        Where files from the hub are put; left out: the hub's own cache. A local folder is read where it is.
 
     Returns
     -------
@@ -250,7 +252,10 @@ def find_folder(source, files, optional_files=()):
         name, _, revision = source.partition("@")
         patterns = [HPARAMS_FILE, *files, *optional_files]
         try:
-            return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns, local_dir=savedir
+            )
+            return Path(folder)
         except Exception as error:  # a download can fail in any way
             raise ValueError(
                 f"The model folder {source} was not found; expected a local folder with {expected}, or its name on "

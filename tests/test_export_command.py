@@ -145,6 +145,20 @@ def test_sent_again_it_replaces_the_model(near_hub, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"{near_hub.url}/alice/voices"
 
 
+def test_a_model_from_the_hub_is_put_where_it_is_wanted(near_hub, tmp_path):
+    exported = make_export(tmp_path / "exported")
+    export.main([str(exported), "--push_to_hub", "alice/voices"])
+    mixture = torch.randn(1, 4000)
+    estimates = SepformerDSDSeparation.from_hparams("alice/voices", savedir=tmp_path / "saved").separate_batch(mixture)
+    assert torch.equal(estimates, SepformerDSDSeparation.from_hparams(exported).separate_batch(mixture))
+    for name in MODEL_FILES:
+        assert (tmp_path / "saved" / name).read_bytes() == (exported / name).read_bytes()
+    assert not list((tmp_path / "cache").rglob("*.ckpt"))
+    near_hub.models.clear()  # a folder here needs no hub
+    SepformerDSDSeparation.from_hparams(exported, savedir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_private_model(near_hub, tmp_path, capsys):
     exported = make_export(tmp_path / "exported")
     export.main([str(exported), "--push_to_hub", "alice/secret", "--private"])
