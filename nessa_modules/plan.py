@@ -159,12 +159,7 @@ def read_plan(path):
     >>> plan.name, plan.v2.hparams, plan.num_enroll
     ('tiny', 'ecapa.yaml', 2)
     """
-    content = _read_yaml(path)
-    if isinstance(content, dict) and "base" in content:
-        base = content.pop("base")
-        if not isinstance(base, str) or Path(base).name != base:
-            raise ValueError(f"{path}: base can only name a YAML of the same folder, but got {base!r}.")
-        content = _merged(_read_yaml(Path(path).with_name(base)), content)
+    content = _read_with_bases(Path(path))
     names = {each.name for each in dataclasses.fields(Plan)} - {"name"}
     if not isinstance(content, dict) or not {"v1", "v2"} <= set(content) or not set(content) <= names:
         raise ValueError(
@@ -191,9 +186,22 @@ def read_plan(path):
     return plan
 
 
+def _read_with_bases(path, read=()):
+    """What a YAML says on top of its base, if it names one."""
+    content = _read_yaml(path)
+    if not isinstance(content, dict) or "base" not in content:
+        return content
+    base = content.pop("base")
+    if not isinstance(base, str) or Path(base).name != base:
+        raise ValueError(f"{path}: base can only name a YAML of the same folder, but got {base!r}.")
+    if base in (path.name, *read):
+        raise ValueError(f"{path}: its base {base} builds on it in turn.")
+    return _merged(_read_with_bases(path.with_name(base), (path.name, *read)), content)
+
+
 def _read_yaml(path):
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The plan {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except yaml.YAMLError as error:

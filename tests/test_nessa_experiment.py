@@ -319,12 +319,18 @@ def test_a_plan_changes_its_base(tmp_path):
     (tmp_path / "bad.yaml").write_text("base: ../old.yaml\n")
     with pytest.raises(ValueError, match=r"base can only name a YAML of the same folder, but got '\.\./old\.yaml'"):
         read_plan(tmp_path / "bad.yaml")
+    (tmp_path / "newer.yaml").write_text("base: new.yaml\nsets_per_speaker: 8\n")
+    assert read_plan(tmp_path / "newer.yaml") == dataclasses.replace(new, name="newer", sets_per_speaker=8)
+    for name, base in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    with pytest.raises(ValueError, match=r"one.yaml: its base two.yaml builds on it in turn"):
+        read_plan(tmp_path / "two.yaml")
     (tmp_path / "lost.yaml").write_text("base: none.yaml\n")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_plan(tmp_path / "lost.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo", "800_speakers", "recorded"])
+@pytest.mark.parametrize("name", ["demo", "800_speakers", "recorded", "recorded_disjoint"])
 def test_plans_of_the_recipe(name):
     plan = read_plan(RECIPE / f"hparams/experiment_{name}.yaml")
     assert plan.num_enroll in plan.enroll_curve
