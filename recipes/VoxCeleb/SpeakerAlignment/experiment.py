@@ -53,8 +53,8 @@ def parse_arguments(argv=None):
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of everything; one that is there goes on")
     parser.add_argument(
         "--plan",
-        help="demo, 800_speakers, recorded, recorded_disjoint, or a YAML like theirs in hparams (demo; with --train_csv: "
-        "recorded)",
+        help="demo, 800_speakers, recorded, recorded_disjoint (all in hparams), or a YAML like theirs (demo; with "
+        "--train_csv: recorded)",
     )
     sources = "a csv (id, speaker, path), <csv>:<start>:<stop> for some of its speakers, or a folder"
     parser.add_argument("--train_csv", help=f"training and alignment speakers: {sources}; without: synthetic voices")
