@@ -127,7 +127,7 @@ class SepformerDSDSeparation:
             published form; or its name on the Hugging Face hub, such as ``speechbrain/sepformer-libri2mix``, with
             ``@revision`` where one is to be pinned.
         savedir : str or Path, optional
-            Where a model from the hub is put; left out: the hub's own cache. A local folder is read where it is.
+            The hub's cache for this model; left out: the one of all programs. A local folder is read where it is.
         run_opts : dict, optional
             ``{"device": "cuda", "precision": "bf16"}``; without them the CPU and fp32.
 

@@ -200,7 +200,7 @@ def read_model(folder, savedir=None):
         Face hub, ``owner/name`` or ``owner/name@revision``, from where its four files are downloaded. Or the folder
         of a run, whose ``exported`` is read.
     savedir : str or Path, optional
-        Where files from the hub are put; left out: the hub's own cache.
+        The hub's cache for these files; left out: the one of all programs.
 
     Returns
     -------

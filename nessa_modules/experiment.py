@@ -28,10 +28,10 @@ from nessa_modules.alignment import load_alignment, make_alignment
 from nessa_modules.corpora import read_corpus, split_speakers, write_corpus
 from nessa_modules.embeddings import embed
 from nessa_modules.plan import (
-    NESSA_KINDS,
     NEW,
     OLD,
     PAIRS,
+    SEEDED_KINDS,
     SEXES,
     SPLITS,
     Plan,
@@ -244,7 +244,7 @@ def fit_alignment(kind, options, embeddings, speakers, encoders, seed=0):
     options = dict(options)
     if kind == "logit" and (weights := shared_classifier(*encoders)):
         options |= dict(zip(("enroll_weight", "runtime_weight"), weights, strict=True))
-    if kind in (*NESSA_KINDS, "nessa_start"):
+    if kind in SEEDED_KINDS:
         options.setdefault("seed", seed)
     return make_alignment(kind, **options).fit(*embeddings, speakers)
 
@@ -450,7 +450,7 @@ def measure_costs(work, seconds=3.0, num_rounds=50):
             encoder = load_encoder(work.models[runtime])
             generator = torch.Generator().manual_seed(0)
             noise = 0.1 * torch.randn(1, round(seconds * encoder.sample_rate), generator=generator)
-            embedding = torch.as_tensor(encoder.encode_batch(noise))
+            embedding = encoder.encode_batch(noise)
             alignments = {}
             for kind in work.plan.alignments:
                 folder = alignment_folder(work.folder, work.seed, System(enroll, runtime, kind))

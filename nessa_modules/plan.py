@@ -11,6 +11,7 @@ from nessa_modules.alignment import ALIGNMENTS, make_alignment
 from shared_modules.options import BOOL, check_values, number, one_of, optional, whole
 
 NESSA_KINDS = ("nessa", "nessa_runtime")
+SEEDED_KINDS = (*NESSA_KINDS, "nessa_start")  # that take a seed of the experiment's, and show a progress bar
 SPLITS = ("train", "alignment", "dev", "test")
 SEXES = {"f": "women", "m": "men"}
 
@@ -139,7 +140,7 @@ def read_plan(path):
     ---------
     path : str or Path
         The YAML. It is data: nothing in it is run. It may name as its ``base`` another of the same folder, of which
-        it changes only what it has.
+        it changes only what it has; alignments, and the options of another model, are its own.
 
     Returns
     -------
@@ -192,11 +193,20 @@ def _read_with_bases(path, read=()):
     if not isinstance(content, dict) or "base" not in content:
         return content
     base = content.pop("base")
-    if not isinstance(base, str) or Path(base).name != base:
+    if not isinstance(base, str) or not base or Path(base).name != base:
         raise ValueError(f"{path}: base can only name a YAML of the same folder, but got {base!r}.")
     if base in (path.name, *read):
         raise ValueError(f"{path}: its base {base} builds on it in turn.")
-    return _merged(_read_with_bases(path.with_name(base), (path.name, *read)), content)
+    below = _read_with_bases(path.with_name(base), (path.name, *read))
+    if not isinstance(below, dict):
+        raise ValueError(f"{path}: its base {base} is no plan.")
+    for version in ("v1", "v2"):
+        models = [each.get(version) for each in (below, content)]
+        if all(isinstance(each, dict) for each in models) and "hparams" in models[1]:
+            below = {**below, version: {}}  # the options of another model mean nothing to it
+    if "alignments" in content:
+        below = {**below, "alignments": {}}
+    return _merged(below, content)
 
 
 def _read_yaml(path):

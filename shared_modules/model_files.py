@@ -236,7 +236,7 @@ def find_folder(source, files, optional_files=(), savedir=None):
     optional_files : sequence of str
         What else is downloaded where it is there.
     savedir : str or Path, optional
-        Where files from the hub are put; left out: the hub's own cache. A local folder is read where it is.
+        The hub's cache for these files; left out: the one of all programs. A local folder is read where it is.
 
     Returns
     -------
@@ -253,7 +253,7 @@ def find_folder(source, files, optional_files=(), savedir=None):
         patterns = [HPARAMS_FILE, *files, *optional_files]
         try:
             folder = huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=patterns, local_dir=savedir
+                name, revision=revision or None, allow_patterns=patterns, cache_dir=savedir
             )
             return Path(folder)
         except Exception as error:  # a download can fail in any way

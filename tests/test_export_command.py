@@ -45,6 +45,8 @@ def hub():
 def near_hub(hub, monkeypatch, tmp_path):
     """The stand-in is the hub of this process, and alice is logged in."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -152,8 +154,12 @@ def test_a_model_from_the_hub_is_put_where_it_is_wanted(near_hub, tmp_path):
     estimates = SepformerDSDSeparation.from_hparams("alice/voices", savedir=tmp_path / "saved").separate_batch(mixture)
     assert torch.equal(estimates, SepformerDSDSeparation.from_hparams(exported).separate_batch(mixture))
     for name in MODEL_FILES:
-        assert (tmp_path / "saved" / name).read_bytes() == (exported / name).read_bytes()
+        (kept,) = (tmp_path / "saved").rglob(name)
+        assert kept.read_bytes() == (exported / name).read_bytes()
     assert not list((tmp_path / "cache").rglob("*.ckpt"))
+    for name in ("alice/voises", "alice/voices@v2"):  # not the one that is there
+        with pytest.raises(ValueError, match="was not found"):
+            SepformerDSDSeparation.from_hparams(name, savedir=tmp_path / "saved")
     near_hub.models.clear()  # a folder here needs no hub
     SepformerDSDSeparation.from_hparams(exported, savedir=tmp_path / "other")
     assert not (tmp_path / "other").exists()

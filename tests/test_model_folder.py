@@ -646,7 +646,7 @@ def hub(tmp_path, monkeypatch):
     asked = []
     published = make_published(tmp_path / "hub")
 
-    def snapshot_download(repo_id, revision=None, allow_patterns=None, local_dir=None):
+    def snapshot_download(repo_id, revision=None, allow_patterns=None, cache_dir=None):
         asked.append((repo_id, revision, sorted(allow_patterns)))
         return str(published)
 

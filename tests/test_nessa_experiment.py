@@ -325,6 +325,17 @@ def test_a_plan_changes_its_base(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
     with pytest.raises(ValueError, match=r"one.yaml: its base two.yaml builds on it in turn"):
         read_plan(tmp_path / "two.yaml")
+    (tmp_path / "other.yaml").write_text(
+        "base: old.yaml\nv1: {hparams: ecapa.yaml}\nalignments: {nessa: {}, logit: {}}\n"
+    )
+    assert read_plan(tmp_path / "other.yaml").v1 == ModelPlan("ecapa.yaml")  # not with an x-vector's options
+    (tmp_path / "fewer.yaml").write_text("base: other.yaml\nalignments: {nessa: }\n")
+    assert read_plan(tmp_path / "fewer.yaml").alignments == {"nessa": {}}
+    (tmp_path / "list.yaml").write_text("[1]")
+    for base, message in (("list.yaml", "its base list.yaml is no plan"), ("''", "same folder, but got ''")):
+        (tmp_path / "bad.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(ValueError, match=message):
+            read_plan(tmp_path / "bad.yaml")
     (tmp_path / "lost.yaml").write_text("base: none.yaml\n")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_plan(tmp_path / "lost.yaml")

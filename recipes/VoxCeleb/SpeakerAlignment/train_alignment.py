@@ -19,7 +19,7 @@ from nessa_modules.corpora import read_corpus, read_voxceleb_trials
 from nessa_modules.embeddings import embed
 from nessa_modules.experiment import fit_alignment, load_encoder
 from nessa_modules.options import DATA_OPTIONS
-from nessa_modules.plan import NESSA_KINDS
+from nessa_modules.plan import NESSA_KINDS, SEEDED_KINDS
 from nessa_modules.report import LABELS, alignment_figure
 from nessa_modules.trials import SameSpace, calibrate_thresholds, make_trials, speaker_errors, trials_from_list
 from shared_modules.devices import find_device
@@ -217,7 +217,7 @@ def main(argv):
         own_options = {name: options[name] for name in OPTIONS_OF.get(kind, ())}
         alignment = fit_alignment(
             kind,
-            {**own_options, "progressbar": True} if kind.startswith("nessa") else own_options,
+            {**own_options, "progressbar": True} if kind in SEEDED_KINDS else own_options,
             (embeddings["enroll", "alignment"], embeddings["runtime", "alignment"]),
             [utterance.speaker for utterance in utterances["alignment"]],
             (encoders["enroll"], encoders["runtime"]),
