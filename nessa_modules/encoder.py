@@ -29,6 +29,7 @@ from shared_modules.devices import find_device
 from shared_modules.files import write_whole
 from shared_modules.model_files import (
     HPARAMS_FILE,
+    PLAN_PREFIXES,
     Plan,
     build,
     cpu_state,
@@ -51,8 +52,9 @@ MAX_SAMPLE_RATE = 768_000  # Hz
 _DEFAULT_RATE = 16000  # Hz, of published folders, which do not tell it
 _WINDOW_SECONDS = 60.0  # longer recordings are embedded in pieces, so that memory does not grow with their length
 _SILENT_PEAK = 1e-4  # of full scale: not more than the dither of a 16-bit file
+_SILENT = "{} is silent: there is no voice in it."
 _MAX_LABEL_BYTES = 2**21  # VoxCeleb's 7,205 speakers take about 150 kB
-_ESCAPE = r"""\\(?:['"\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5})"""  # as Python's repr writes them
+_ESCAPE = r"""\\(?:['"\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})"""  # as Python's repr has them
 _LABEL_LINE = re.compile(rf"""('(?:[^'\\\n]|{_ESCAPE})*'|"(?:[^"\\\n]|{_ESCAPE})*") => (\d{{1,9}})""")
 
 # What is built: by its place in the YAML, from the allowed paths to the classes.
@@ -230,7 +232,7 @@ class SpeakerEncoder:
             x-vector in the form of SpeechBrain's ``EncoderClassifier``; or its name on the Hugging Face hub, such
             as ``speechbrain/spkrec-ecapa-voxceleb``, with ``@revision`` where one is to be pinned.
         savedir : str or Path, optional
-            Where a model from the hub is put; left out: the hub's own cache. A local folder is read where it is.
+            The hub's cache for this model; left out: the one of all programs. A local folder is read where it is.
         run_opts : dict, optional
             ``{"device": "cuda"}``; without it the CPU.
 
@@ -320,7 +322,8 @@ class SpeakerEncoder:
     def encode_recording(self, recording, name=None):
         """The embedding of a recording of any format, sample rate and number of channels.
 
-        One of more than a minute is embedded in equal pieces of up to a minute, whose embeddings are averaged.
+        One of more than a minute is embedded in equal pieces of up to a minute; the embeddings of those that are not
+        silent are averaged.
 
         Arguments
         ---------
@@ -403,8 +406,17 @@ class SpeakerEncoder:
         """Embeddings ``[B, D]`` of checked signals ``[B, T]`` of equal length, however long."""
         num_pieces = math.ceil(signals.shape[1] / (_WINDOW_SECONDS * self.sample_rate))
         length = signals.shape[1] // num_pieces
-        pieces = torch.from_numpy(signals[:, : length * num_pieces]).split(length, 1)  # of (B, length)
-        return torch.stack([self._encode(piece, names) for piece in pieces]).mean(0)
+        pieces = signals[:, : length * num_pieces].reshape(len(signals), num_pieces, length)  # (B, pieces, length)
+        has_voice = ~self._is_silent(pieces)  # (B, pieces)
+        total = torch.zeros(len(signals), self.embedding_size, device=self.device)  # (B, D)
+        for number in range(num_pieces):
+            rows = np.flatnonzero(has_voice[:, number])
+            if len(rows):
+                total[rows] += self._encode(torch.from_numpy(pieces[rows, number]), [names[row] for row in rows])
+        counts = has_voice.sum(1, keepdims=True)  # (B, 1)
+        for row in np.flatnonzero(counts == 0):  # what changes so slowly that no piece shows it
+            raise ValueError(_SILENT.format(names[row]))
+        return total / torch.from_numpy(counts).to(self.device)
 
     def _read(self, recording, name):
         """The samples ``[T]`` of a recording at the model's rate, as one channel."""
@@ -413,16 +425,19 @@ class SpeakerEncoder:
                 return self._checked(np.concatenate(list(opened.blocks(self.sample_rate))), name)
         try:
             samples, rate = recording
-            samples = np.asarray(samples.detach().cpu() if isinstance(samples, torch.Tensor) else samples)
-            if samples.dtype.kind in "iu":  # those without a sign have their silence in the middle
-                least, most = np.iinfo(samples.dtype).min, np.iinfo(samples.dtype).max
-                full_scale = (most - least + 1) / 2
-                samples = (samples - (least + full_scale)) / full_scale
-            elif samples.dtype.kind != "f":
-                raise TypeError("not of real numbers")
-            samples = samples.astype(np.float32)
+            if isinstance(samples, torch.Tensor):
+                samples = samples.detach().cpu()
+                samples = samples.float() if samples.is_floating_point() else samples  # numpy knows no bfloat16
+            samples = np.asarray(samples)
         except (TypeError, ValueError):
             raise ValueError(f"{name} can only be given as (samples, sample rate).") from None
+        if samples.dtype.kind in "iu":  # those without a sign have their silence in the middle
+            least, most = np.iinfo(samples.dtype).min, np.iinfo(samples.dtype).max
+            full_scale = (most - least + 1) / 2
+            samples = (samples - (least + full_scale)) / full_scale
+        elif samples.dtype.kind != "f":
+            raise ValueError(f"{name} can only hold integer or floating-point samples, but got {samples.dtype}.")
+        samples = samples.astype(np.float32)
         if samples.ndim not in (1, 2) or samples.size == 0:
             raise ValueError(f"{name} can only be samples [T] or [T, channels], but got shape {list(samples.shape)}.")
         if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 100 <= rate <= MAX_SAMPLE_RATE:
@@ -438,10 +453,14 @@ class SpeakerEncoder:
         seconds = len(samples) / self.sample_rate
         if seconds < MIN_SECONDS:
             raise ValueError(f"{name} is too short: a voice needs at least {MIN_SECONDS} s, but got {seconds:.3f} s.")
-        edge = self.sample_rate // 50  # where resampling lets the step of a constant signal ring
-        if np.ptp(samples[edge:-edge]) < 2 * _SILENT_PEAK:
-            raise ValueError(f"{name} is silent: there is no voice in it.")
+        if self._is_silent(samples):
+            raise ValueError(_SILENT.format(name))
         return samples
+
+    def _is_silent(self, samples):
+        """Whether samples ``[.., T]`` are nearly constant: ``[..]``."""
+        edge = self.sample_rate // 50  # where resampling lets the step of a constant signal ring
+        return np.ptp(samples[..., edge:-edge], axis=-1) < 2 * _SILENT_PEAK
 
     def _probe(self, where):
         """The embedding's size; refuses a model whose parts do not fit each other."""
@@ -607,10 +626,8 @@ def _sample_rate(wiring, where):
 
 def _check_named(text, where):
     """Refuse a YAML that names anything but the parts of such a model, even where nothing needs it."""
-    allowed = {tag.partition(":")[2] for tag in _NAMED}
     for tag in tags(YAML().compose(text)):
-        prefix, _, path = tag.partition(":")
-        if prefix in ("!new", "!name") and path not in allowed:
+        if tag.startswith(PLAN_PREFIXES) and tag not in _NAMED:
             raise ValueError(f"{where} asks for {tag}, which is no part of a speaker-embedding model.")
 
 
@@ -629,28 +646,24 @@ def _read_classifier(plan, folder):
 def _read_speakers(folder):
     """The names of the training speakers, in order; None where there is no list of them, or not one of that form.
 
-    The file is text of SpeechBrain's ``CategoricalEncoder``: a Python string and a number on each line.
+    The file is text of SpeechBrain's ``CategoricalEncoder``: a Python string and a number from 0 on, on each line.
+    The embeddings do not need it: whatever else it is, the model is not refused for it.
     """
     path = next((folder / name for name in LABEL_FILES if (folder / name).exists()), None)
-    if path is None:
+    if path is None or not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_LABEL_BYTES:
         return None
-    if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_LABEL_BYTES:
-        raise ValueError(f"{path} can only be a file of up to {_MAX_LABEL_BYTES} bytes.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no list of speakers: it is not text.") from None
     names = {}
-    for number, line in enumerate(lines, 1):
-        if line.startswith("====") or not line:
-            break
-        found = _LABEL_LINE.fullmatch(line)
-        if found is None:
-            raise ValueError(f"{path}, line {number}: expected 'name' => number, but got {line[:80]!r}.")
-        names[int(found[2])] = ast.literal_eval(found[1])  # one string in quotes: its escapes are undone
-    if sorted(names) != list(range(len(names))):
-        raise ValueError(f"{path} can only number its {len(names)} speakers from 0 on without a gap.")
-    return [names[index] for index in range(len(names))]
+    try:
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if line.startswith("====") or not line:
+                break
+            found = _LABEL_LINE.fullmatch(line)
+            if found is None:
+                return None
+            names[int(found[2])] = ast.literal_eval(found[1])  # one string in quotes: its escapes are undone
+    except (OSError, SyntaxError, ValueError):  # unreadable, no text, or a text that no string can hold
+        return None
+    return [names[index] for index in range(len(names))] if sorted(names) == list(range(len(names))) else None
 
 
 def _hash(wiring, state):

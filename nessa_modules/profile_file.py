@@ -38,17 +38,23 @@ _MAX_EMBEDDING_SIZE = 2**20
 Store = namedtuple("Store", _STORE_FIELDS)
 
 _files = weakref.WeakSet()
+_inherited = []  # connections from before a fork, which the child may not even close
 _was_used_in_fork = False
 
 
 def _after_fork():
-    """In a forked child: SQLite's own locks stay as they were, and no thread is there that would let go of them."""
+    """In a forked child: SQLite's own locks stay as they were, and no thread is there that would let go of them.
+
+    Nor may a connection of the parent be used or closed.
+    """
     global _was_used_in_fork
     for file in list(_files):
         is_free = file.lock.acquire(blocking=False)
         is_in_transaction = file._connection is not None and file._connection.in_transaction
         _was_used_in_fork = _was_used_in_fork or not is_free or is_in_transaction
         file.lock = threading.RLock()
+        _inherited.append(file._connection)
+        file._connection = None
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -80,14 +86,13 @@ class ProfileFile:
         self.lock = threading.RLock()
         self.identity = None  # of the file that was opened: another one may be moved to its path
         self._num_closings = 0  # a part of it: once a file is closed, another one may get its inode
-        self._connection = self._process = None
-        self._inherited = []  # connections from before a fork, which the child may not even close
+        self._connection = None
         _files.add(self)
 
     def close(self):
         """Close the connection; the next transaction opens one again."""
         with self.lock:
-            if self._connection is not None and self._process == os.getpid():
+            if self._connection is not None:
                 self._connection.close()
             self._connection = None
             self._num_closings += 1
@@ -197,9 +202,6 @@ class ProfileFile:
         if _was_used_in_fork:
             reason = "this process was forked while a store was in use: fork at another moment, or spawn the process"
             raise OSError(errno.EBUSY, reason, str(self.path))
-        if self._process != os.getpid():  # a forked child may neither use its parent's nor close it
-            self._inherited.append(self._connection)
-            self._connection, self._process = None, os.getpid()
         try:
             found = os.stat(self._place)
         except FileNotFoundError:

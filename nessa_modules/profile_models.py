@@ -102,7 +102,7 @@ class ProfileModels:
         embedding = _checked(self.recogniser.encode_recording(recording), self.recogniser)  # [1, D]
         if self._alignment is not None:
             embedding = self._mapped(self._alignment.runtime, embedding, self.recogniser.model_id)
-        return normalised(embedding, self._path)[0]
+        return normalised(embedding, "The embedding of the recording")[0]
 
     def profiles(self, embeddings, model_id):
         """Profiles [K, D] that a model made, in the space that is compared in: [K, Dz], of length 1."""
@@ -112,7 +112,7 @@ class ProfileModels:
         if alignment is not None:
             side = alignment.enroll if model_id == alignment.enroll_model_id else alignment.runtime
             embeddings = self._mapped(side, embeddings, model_id)
-        return normalised(embeddings, self._path)
+        return normalised(embeddings, f"A profile of {self._path}")
 
     def _mapped(self, side, embeddings, model_id):
         try:
@@ -129,19 +129,24 @@ def _array(values):
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
-def normalised(vectors, path):
-    """Vectors [K, D] at length 1, float32; ValueError, which names the store's path, if one has no direction.
+def normalised(vectors, what):
+    """Vectors [K, D] at length 1, float32; ValueError, which says what one of them is, if one has no direction.
 
     Example
     -------
-    >>> normalised(np.array([[0.0, 2.0]]), "voices.db")
+    >>> normalised(np.array([[0.0, 2.0]]), "A profile of voices.db")
     array([[0., 1.]], dtype=float32)
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # of damaged ones
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    norms = _norms(vectors)
     if not np.isfinite(norms).all() or not norms.all():
-        raise ValueError(f"An embedding of {path} is zero or not finite where it is compared: it has no direction.")
+        raise ValueError(f"{what} is zero or not finite where it is compared: it has no direction.")
     return (vectors / norms).astype(np.float32, copy=False)
+
+
+def _norms(vectors):
+    """The lengths [K, 1] of vectors [K, D]; in float64, as the square of a finite float32 may be infinite or 0."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged ones
+        return np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
 
 
 def _checked(embeddings, encoder):
@@ -151,7 +156,7 @@ def _checked(embeddings, encoder):
             f"Embeddings of model {encoder.model_id} must have shape [K, {encoder.embedding_size}], but got "
             f"{list(embeddings.shape)}."
         )
-    norms = np.linalg.norm(embeddings, axis=1)
+    norms = _norms(embeddings)
     if not np.isfinite(norms).all() or not norms.all():
         raise ValueError(f"Model {encoder.model_id} gave an embedding that is zero or not finite.")
     return embeddings

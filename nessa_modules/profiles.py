@@ -82,8 +82,8 @@ class VoiceProfiles:
     >>> profiles.identify((np.array([-1.0, 0.0]), 16000)).name is None
     True
     >>> profiles.remove("Ada")
-    >>> profiles.names()
-    ['Bob']
+    >>> profiles.names(), "Ada" in profiles
+    (['Bob'], False)
     """
 
     def __init__(self, path, encoder=None, alignment=None, calibration=None, false_accept_rate=None, must_exist=False):
@@ -113,6 +113,12 @@ class VoiceProfiles:
             if self._file.read_store(connection) is None:
                 return []
             return [name for (name,) in connection.execute("SELECT name FROM profile ORDER BY name")]
+
+    def __contains__(self, name):
+        """Whether there is a profile of a name, compared in Unicode's form NFC; ValueError for what can be no name."""
+        name = _checked_name(name)
+        with self._file.transaction() as connection:
+            return self._file.read_store(connection) is not None and self._number(connection, name) is not None
 
     def describe(self):
         """What the store holds, for people.
@@ -252,7 +258,7 @@ class VoiceProfiles:
             models = self._models
             read(connection)
         utterance = models.utterance(recording)  # [Dz]
-        with self._file.lock, self._file.transaction() as connection:  # again: it may have been removed meanwhile
+        with self._file.transaction() as connection:  # again: it may have been removed meanwhile
             self._check_still(models)
             profile, threshold, rate = read(connection)
         score = float(profile @ utterance)
@@ -603,7 +609,8 @@ class VoiceProfiles:
             blobs = [rows[row][2] for row in own]
             if any(not isinstance(blob, bytes) or len(blob) != 4 * size for blob in blobs):
                 raise self._file.damaged("an embedding has another size than its model's")
-            embeddings = normalised(np.frombuffer(b"".join(blobs), "<f4").reshape(-1, size), self.path)  # [R', D]
+            embeddings = np.frombuffer(b"".join(blobs), "<f4").reshape(-1, size)  # [R', D]
+            embeddings = normalised(embeddings, f"An embedding of {self.path}")
             having, first, counts = np.unique(places[own], return_index=True, return_counts=True)  # [K'] each
             counts = counts[:, None].astype(np.float32)  # [K', 1]
             means = np.add.reduceat(embeddings, first) / counts  # [K', D]
@@ -612,7 +619,7 @@ class VoiceProfiles:
             if total is None:
                 total = np.zeros((len(numbers), weighted.shape[1]), np.float32)  # [K, Dz]
             total[having] += weighted
-        return names, normalised(total, self.path)
+        return names, normalised(total, f"A profile of {self.path}")
 
     def _number(self, connection, name):
         row = connection.execute("SELECT id FROM profile WHERE name = ?", (name,)).fetchone()

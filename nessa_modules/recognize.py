@@ -313,7 +313,7 @@ def _open(arguments, must_exist=False, name=None):
     from nessa_modules.profiles import VoiceProfiles
 
     profiles = VoiceProfiles(arguments.store, must_exist=must_exist)  # its faults are told before a model is loaded
-    if name is not None and name not in profiles.names():
+    if name is not None and name not in profiles:
         raise RunError(f"There is no profile {name!r} in {arguments.store}.")
     if getattr(arguments, "model", None) is None:
         return profiles

@@ -1,6 +1,7 @@
 """Tests of the voice profiles: scores, thresholds, models that do not fit, several processes, kills, and removal."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -397,6 +398,24 @@ def test_one_bad_recording_and_nothing_is_enrolled(profiles, path):
     assert path.read_bytes() == before
 
 
+def test_an_embedding_of_any_length_is_one(profiles, path):
+    """The square of a finite float32 may be infinite, or zero."""
+    embedding = V1.encode_recording(speaker(5))
+    profiles.enroll_embeddings([("large", embedding * np.float32(1e25)), ("small", embedding * np.float32(1e-30))])
+    for name in ("large", "small"):
+        assert profiles.verify(name, speaker(5)).score == pytest.approx(1, abs=1e-6)
+
+
+def test_a_recording_or_a_profile_without_a_direction_is_named(path):
+    alignment = Aligned(V1, V1)
+    profiles = VoiceProfiles(path, V1, alignment)
+    profiles.enroll("Ada", [speaker(0)])
+    alignment.runtime = np.zeros_like
+    refused("^The embedding of the recording is zero or not finite where it is", profiles.verify, "Ada", speaker(0))
+    alignment.enroll = np.zeros_like
+    refused("^A profile of .*voices.db is zero or not finite where it is", profiles.verify, "Ada", speaker(0))
+
+
 def test_one_recording_needs_no_list(profiles):
     profiles.enroll("Eve", speaker(5))
     assert profiles.verify("Eve", speaker(5, 1)).accepted
@@ -430,6 +449,14 @@ def test_any_other_text_is_a_name(profiles):
     for number, name in enumerate(names):
         assert profiles.identify(speaker(10 + number, 1)).name == name
     assert profiles.verify("u\u0308nïcödé", speaker(13)).accepted  # the same text, composed otherwise
+
+
+def test_whether_a_name_is_there(profiles, path):
+    assert "Čeněk 李" in profiles
+    assert "C\u030cene\u030ck 李" in profiles  # composed otherwise
+    assert "Eve" not in profiles
+    assert "Eve" not in VoiceProfiles(path.with_name("none.db"))
+    refused("name of a profile", profiles.__contains__, " Ada")
 
 
 # What others write
@@ -516,6 +543,35 @@ def test_threads_and_a_fork_share_a_store(profiles):
     assert os.waitpid(child, 0)[1] == 0
     assert profiles.identify(speaker(50, 1)).name == "of the child"
     assert len(profiles.names()) == 3 + 20 + 1
+
+
+@pytest.mark.parametrize("action", ["close", "names", "forget"])
+def test_a_forked_child_leaves_the_connection_of_its_parent_alone(profiles, action):
+    """SQLite's locks would go with it; also where the child does not know the store any more."""
+
+    class Connection:
+        in_transaction = False
+
+        def close(self):
+            os._exit(1)
+
+        def __del__(self):
+            if os.getpid() != parent:
+                os._exit(1)
+
+    parent = os.getpid()
+    store = VoiceProfiles(profiles.path)
+    store.close()
+    store._file._connection = Connection()
+    child = os.fork()
+    if not child:
+        if action != "forget":
+            getattr(store, action)()
+        del store
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    store._file._connection = None
 
 
 def test_a_fork_while_another_thread_uses_the_store(profiles):

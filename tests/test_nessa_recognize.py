@@ -147,6 +147,14 @@ def test_verify_and_its_exit_codes(store, run):
     assert err == ["error: There is no profile 'Zoe' in voices.db."]
 
 
+def test_verify_looks_up_one_name(store, run, monkeypatch):
+    def names(self):
+        raise AssertionError("all names were read")
+
+    monkeypatch.setattr(VoiceProfiles, "names", names)
+    assert run("verify", "Ada", "ada/2.wav", "--model", "old")[0][0].startswith("ada/2.wav: accepted as Ada")
+
+
 def test_a_name_is_the_same_however_it_is_composed(store, run):
     name = "te\u0301l"
     run("enroll", name, "eve", "--model", "old")
