@@ -19,6 +19,10 @@ from shared_modules.options import is_hub_name
 
 UNKNOWN_LICENCE = "unknown"  # the hub's word where none was chosen
 ONNX_HEADING = "## ONNX: without PyTorch and without this project"
+# Up to the end of its program: what stands below it, or where no program is left, is the user's own.
+_ONNX_SECTION = re.compile(
+    rf"^{re.escape(ONNX_HEADING)}((?:(?!\n#).)*?\n```python(?:(?!\n#).)*?\n```)?\n", re.DOTALL | re.MULTILINE
+)
 _PAPERS = {
     "SepFormer": "https://arxiv.org/abs/2010.13154",
     "DPRNN": "https://arxiv.org/abs/1910.06379",
@@ -120,10 +124,11 @@ def amend_card(folder, licence=None, source=None, onnx_files=None):
     if source is not None:
         text = re.sub(r'^source = ".*"', f'source = "{source}"', text, flags=re.MULTILINE)
     if onnx_files is not None:
-        before, _, section = text.partition(f"\n{ONNX_HEADING}\n")
-        _, heading, after = section.partition("\n## ")
-        before = before.rstrip("\n")
-        text = f"{before}\n\n{ONNX_HEADING}\n\n{_onnx(onnx_files)}\n{heading}{after}"
+        section = f"{ONNX_HEADING}\n\n{_onnx(onnx_files)}\n"
+        text = text.rstrip("\n") + "\n"
+        text, num_replaced = _ONNX_SECTION.subn(lambda _: section, text, count=1)
+        if num_replaced == 0:
+            text += f"\n{section}"
     with write_whole(path) as stream:
         stream.write(text)
 
@@ -451,6 +456,7 @@ def _header(model, run, data_name, licence):
 
 
 def _onnx(files):
+    """The text of the section on ONNX, which ends with its program: :func:`amend_card` knows it by that."""
     rows = [
         f"| `{file.path.name}` | {file.num_blocks} | {file.longest_checked_length:,} | {file.largest_difference:.0e} |"
         for file in files

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shared_modules.errors import RunError, error_line, mistakes_as_run_errors
+from shared_modules.errors import RunError, error_line, let_the_main_rank_speak_first, mistakes_as_run_errors
 from shared_modules.recording_files import VOICE, find_recordings
 from shared_modules.terminal import SecondsBar, leave, positive, printable
 
@@ -239,6 +239,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 1
     except RunError as error:
+        let_the_main_rank_speak_first(rank)
         print(error_line(printable(error), rank), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

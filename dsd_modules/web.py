@@ -79,9 +79,10 @@ class _Stopped(Exception):
 
 
 _INVITATION = "<p>The voices will appear here.</p>"
-_MEASURE_WIDTH = """(...inputs) => {
-    inputs[inputs.length - 1] = document.querySelector("#results").clientWidth - 26;
-    return inputs;
+_NOW = "() => performance.now()"  # ms since the page was loaded
+_WIDTH_AND_NOW = """(...inputs) => {
+    const width = document.querySelector("#results").clientWidth - 26;
+    return [...inputs.slice(0, -2), width, performance.now()];
 }"""
 _CSS = """
 .gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important; }
@@ -127,17 +128,19 @@ def build_page(separator, model_name):
     import gradio
 
     names = ["Mixture", *(f"Voice {spk}" for spk in range(1, separator.num_spks + 1))]
-    stops = {}  # from a visitor's session to the recording that it separates, and the event that ends this
+    stops = {}  # from a visitor's session to when its browser asked for a separation, and the event that ends this
 
     def stop(request: gradio.Request):
-        if request.session_hash in stops:
-            _, is_stopped = stops.pop(request.session_hash)
+        if run := stops.pop(request.session_hash, None):
+            _, is_stopped = run
             is_stopped.set()
 
-    def clear(path, request: gradio.Request):
-        if request.session_hash in stops and stops[request.session_hash][0] == path:
-            return {message: gradio.skip()}  # told of it late: its separation has begun
-        stop(request)
+    def clear(changed_ms, request: gradio.Request):
+        if run := stops.get(request.session_hash):
+            asked_ms, is_stopped = run
+            if changed_ms < asked_ms:  # told of it late
+                return {message: gradio.skip()}
+            is_stopped.set()
         return {message: _INVITATION, results: gradio.update(visible=False)}
 
     def separate(
@@ -146,6 +149,7 @@ def build_page(separator, model_name):
         stops_early,
         exit_si_sdr_db,
         width,
+        asked_ms,
         request: gradio.Request,
         progress=gradio.Progress(),  # noqa: B008
     ):
@@ -153,7 +157,7 @@ def build_page(separator, model_name):
             yield {message: '<p role="alert">There is no recording yet: drop one, record one, or take an example.</p>'}
             return
         is_stopped = threading.Event()
-        stops[request.session_hash] = path, is_stopped
+        stops[request.session_hash] = asked_ms, is_stopped
 
         def report(done_seconds, total_seconds):
             if is_stopped.is_set():
@@ -260,18 +264,26 @@ def build_page(separator, model_name):
                                     downloads.append(gradio.DownloadButton("Download", size="sm"))
                             pictures.append(gradio.HTML())
         width = gradio.Number(800, visible=False)
+        now_ms = gradio.Number(0, visible=False)
         stops_early.change(
             lambda is_on: (gradio.update(visible=not is_on), gradio.update(visible=is_on)),
             stops_early,
             [blocks, agreement],
             show_progress="hidden",
         )
-        recording.change(clear, recording, [message, results], show_progress="hidden")
+        recording.change(
+            clear,
+            now_ms,
+            [message, results],
+            js=_NOW,
+            trigger_mode="multiple",  # one that waited for the one before would tell a later time
+            show_progress="hidden",
+        )
         start_button.click(
             separate,
-            [recording, blocks, stops_early, agreement, width],
+            [recording, blocks, stops_early, agreement, width, now_ms],
             [message, results, start_button, stop_button, *pictures, *players, *downloads],
-            js=_MEASURE_WIDTH,
+            js=_WIDTH_AND_NOW,
             show_progress_on=message,
             concurrency_limit=_CALLS_AT_ONCE,
         )

@@ -32,15 +32,24 @@ def mistakes_as_run_errors():
         raise RunError(str(error)) from None
 
 
-def error_line(fault, rank):
-    """``error: fault``; of another rank than the main one with its number, and some seconds later.
+def let_the_main_rank_speak_first(rank):
+    """Wait some seconds, on another rank than the main one.
 
     If it is every rank's mistake, the main one says it, and torchrun ends the others meanwhile.
     """
-    if str(rank) == "0":
-        return f"error: {fault}"
-    time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
-    return f"error (rank {rank}): {fault}"
+    if str(rank) != "0":
+        time.sleep(_SECONDS_FOR_THE_MAIN_RANK)
+
+
+def error_line(fault, rank):
+    """What is said of a fault, with the number of another rank than the main one.
+
+    Example
+    -------
+    >>> error_line("The disk is full.", 0), error_line("The disk is full.", 3)
+    ('error: The disk is full.', 'error (rank 3): The disk is full.')
+    """
+    return f"error: {fault}" if str(rank) == "0" else f"error (rank {rank}): {fault}"
 
 
 def ends_in_one_sentence(main=None, *, interrupted="interrupted: the same command goes on from the last checkpoint"):
@@ -68,6 +77,8 @@ def ends_in_one_sentence(main=None, *, interrupted="interrupted: the same comman
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)
             sys.exit(130)
-        sys.exit(error_line(fault, os.environ.get("RANK", "0")))
+        rank = os.environ.get("RANK", "0")
+        let_the_main_rank_speak_first(rank)
+        sys.exit(error_line(fault, rank))
 
     return wrapped

@@ -2,6 +2,7 @@
 
 import getpass
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -246,13 +247,20 @@ def test_what_is_amended_and_what_stays(tmp_path):
         assert text.count("## ONNX") == 1
         assert "| `separator_blocks1.onnx` | 1 | 80,000 | 1e-06 |" in text
         assert "at least 16 samples" in text
-    path.write_text(path.read_text() + "\n## Notes\n\nWhat the trainer wrote below.\n")
-    amend_card(exported, onnx_files=[file])
-    _, text = read_card(path)
-    assert text.count("## ONNX") == 1
-    assert section(text, "Notes") == "\nWhat the trainer wrote below.\n"
     assert "A line of the trainer's own" in text
     assert section(text, "Results") == section(before, "Results")
+
+    with_onnx = path.read_text()
+    for own in ("## Notes\n", "# Notes\n", "### Notes\n", "", "```python\nvoices[0]\n```\n"):
+        path.write_text(f"{with_onnx}\n{own}What the trainer wrote below.\n")
+        amend_card(exported, onnx_files=[replace(file, shortest_length=32)])
+        changed = with_onnx.replace("at least 16 samples", "at least 32 samples")
+        assert path.read_text() == f"{changed}\n{own}What the trainer wrote below.\n"
+
+    path.write_text(with_onnx[: with_onnx.index("With numpy and onnxruntime")] + "# Notes\n\n```python\nmine\n```\n")
+    amend_card(exported, onnx_files=[file])
+    assert path.read_text().count("## ONNX") == 1
+    assert path.read_text().endswith("# Notes\n\n```python\nmine\n```\n")
 
 
 def test_faults(tmp_path):

@@ -336,20 +336,44 @@ def test_another_recording_clears_the_voices(server, visit):
     assert page.locator("#results img").count() == 0
 
 
-@in_a_browser
-def test_the_word_of_a_new_recording_may_come_late(tmp_path, server, visit):
-    """On a busy machine its separation may have begun, or be over, when the page is told that it is new."""
-    soundfile.write(tmp_path / "a.wav", noise(8000), 8000)
-    page, late = visit(server), []
-    page.route("**/queue/join*", lambda route: route.continue_() if late else late.append(route))
-    give(page, tmp_path / "a.wav")
-    while not late:
-        page.wait_for_timeout(50)
+def hold_the_next_event(page):
+    """Keep back what the page tells the server next, which the list returned will hold; all else goes through."""
+    held = []
+    page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
+    return held
+
+
+def assert_it_may_come_late(page, held):
+    """On a busy machine a separation may have begun, or be over, when the server is told what came before it."""
     separate(page)
     with page.expect_response("**/queue/join*"):
-        late[0].continue_()
+        held[0].continue_()
     page.wait_for_timeout(1000)
     assert_shown(page, 2, 1)
+
+
+@in_a_browser
+def test_a_recording_that_the_server_is_told_of_late(tmp_path, server, visit):
+    soundfile.write(tmp_path / "a.wav", noise(8000), 8000)
+    page = visit(server)
+    held = hold_the_next_event(page)
+    with page.expect_request("**/queue/join*"):
+        give(page, tmp_path / "a.wav")
+    assert_it_may_come_late(page, held)
+
+
+@in_a_browser
+def test_a_removal_that_the_server_is_told_of_late(tmp_path, server, visit):
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, noise(8000), 8000)
+    page = visit(server)
+    with page.expect_response("**/queue/join*"):
+        give(page, tmp_path / "a.wav")
+    held = hold_the_next_event(page)
+    with page.expect_request("**/queue/join*"):
+        page.get_by_label("Clear").click()
+    give(page, tmp_path / "b.wav")
+    assert_it_may_come_late(page, held)
 
 
 @in_a_browser
@@ -381,6 +405,12 @@ def test_a_separation_is_stopped(tmp_path, server, visit):
     page.get_by_text("Stopped.").wait_for()
     assert page.get_by_role("button", name="Separate").is_visible()
     assert not page.get_by_role("button", name="Stop").is_visible()
+
+    page.get_by_role("button", name="Separate").click()
+    page.get_by_text("of 30:00").wait_for()
+    page.get_by_label("Clear").click()
+    page.get_by_text("Stopped.").wait_for()
+    give(page, tmp_path / "long.wav")
 
     page.get_by_role("button", name="Separate").click()
     page.get_by_text("of 30:00").wait_for()
