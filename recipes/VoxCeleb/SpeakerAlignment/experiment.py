@@ -1,6 +1,6 @@
 """Train two generations of a speaker model, and compare all ways to let one recognise the profiles of the other.
 
-    > python experiment.py results/demo                           # synthetic voices, about 8 minutes on two cores
+    > python experiment.py results/demo                           # synthetic voices, about 9 minutes on two cores
     > python experiment.py results/recorded --plan recorded \\
           --train_csv libri_train/metadata.csv \\
           --dev_csv libri_test/metadata.csv:0:20 --test_csv libri_test/metadata.csv:20:
