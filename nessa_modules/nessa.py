@@ -586,7 +586,7 @@ class Nessa(Alignment):
         return training.averaged, details
 
     def _bar(self, what, unit):
-        return tqdm(desc=what, unit=unit, disable=not self.progressbar, leave=False, delay=1)
+        return tqdm(desc=what, unit=unit, disable=not self.progressbar, leave=False)
 
     def _folds(self, pairs):
         """Kept embeddings and held-out trials, of each fold; none where speakers are too few."""
