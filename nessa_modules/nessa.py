@@ -699,5 +699,5 @@ class NessaStart(LinearAlignment):
 
     def _fit(self, pairs):
         tensors, details = self._nessa._fit(pairs)
-        linear = {f"{side}_{part}" for side in Nessa.sides for part in ("matrix", "offset")}
+        linear = [f"{side}_{part}" for side in Nessa.sides for part in ("matrix", "offset")]
         return {name: tensors[name] for name in linear}, {name: details[name] for name in ("start", "cost")}
