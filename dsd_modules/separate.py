@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from shared_modules.errors import RunError, error_line, let_the_main_rank_speak_first, mistakes_as_run_errors
 from shared_modules.recording_files import VOICE, find_recordings
-from shared_modules.terminal import SecondsBar, leave, positive, printable
+from shared_modules.terminal import SecondsBar, leave, positive, printable, write_line
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read and the files were found.
 
@@ -240,10 +240,10 @@ def main(argv=None):
         return 1
     except RunError as error:
         let_the_main_rank_speak_first(rank)
-        print(error_line(printable(error), rank), file=sys.stderr)
+        write_line(error_line(printable(error), rank), sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        write_line("interrupted", sys.stderr)
         return 130
 
 
@@ -262,7 +262,7 @@ def _separate_all(arguments, rank, world_size):
     found, notes = find_recordings(arguments.recordings, output)
     tasks = plan_outputs(found, output)
     for note in notes if rank == 0 else ():
-        print(f"note: {printable(note)}", file=sys.stderr)
+        write_line(f"note: {printable(note)}", sys.stderr)
     if not tasks:
         raise RunError(f"There is no recording in {', '.join(arguments.recordings)}.")
     if any(task.source is None for task in tasks):
@@ -274,7 +274,7 @@ def _separate_all(arguments, rank, world_size):
         raise RunError("--jobs and torchrun both make processes: use one of them.")
     model = find_model(arguments.model)
     if rank == 0:
-        print(f"model: {printable(model)}", flush=True)
+        write_line(f"model: {printable(model)}")
 
     own = tasks[rank::world_size]
     report = _Report(own, has_bars=world_size == 1)
@@ -291,7 +291,8 @@ def _separate_all(arguments, rank, world_size):
     counts = _join_ranks(report.counts, rank, world_size)
     if counts is not None and counts.total() > 1:
         kinds = ("separated", "skipped", "failed")
-        print(f"{counts.total()} recordings: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]))
+        parts = ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
+        write_line(f"{counts.total()} recordings: {parts}")
     return 0 if report.counts["separated"] == len(own) else 1
 
 
@@ -328,10 +329,9 @@ class _Report:
         self.counts[outcome.kind] += 1
         line = printable(outcome.line)
         if outcome.kind == "separated":
-            tqdm.write(f"{self._names[index]:<{self._width}}  {line}", file=sys.stdout)
-            sys.stdout.flush()
+            write_line(f"{self._names[index]:<{self._width}}  {line}")
         else:
-            tqdm.write(f"{'error' if outcome.kind == 'failed' else 'skipped'}: {line}", file=sys.stderr)
+            write_line(f"{'error' if outcome.kind == 'failed' else 'skipped'}: {line}", sys.stderr)
         if self._all is not None:
             self._all.update()
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dsd_modules.separate import find_model
 from shared_modules.errors import RunError
 from shared_modules.recording_files import find_recordings
-from shared_modules.terminal import SecondsBar, leave, positive, printable
+from shared_modules.terminal import SecondsBar, leave, positive, printable, write_line
 
 # What needs seconds to import (torch, SpeechBrain) waits until the command line was read.
 
@@ -261,16 +261,16 @@ def _for_each(arguments, recordings, recognise):
             is_each_done = False
             fault = _fault(error)
             fault = fault if name in fault else f"{name}: {fault}"
-            tqdm.write(f"error: {printable(fault)}", file=sys.stderr)
+            write_line(f"error: {printable(fault)}", sys.stderr)
             if arguments.json:
-                _write(json.dumps({"recording": name, "error": fault}, ensure_ascii=False))
+                write_line(json.dumps({"recording": name, "error": fault}, ensure_ascii=False))
             continue
         for part, known, line in found:
             if arguments.json:
-                _write(json.dumps({"recording": name, **part, **known}, ensure_ascii=False))
+                write_line(json.dumps({"recording": name, **part, **known}, ensure_ascii=False))
             else:
                 voice = f", voice {part['voice']}" if part else ""
-                _write(printable(f"{name}{voice}: {line}"))
+                write_line(printable(f"{name}{voice}: {line}"))
     return 2 if not is_each_done else 0 if is_each_accepted else 1
 
 
@@ -371,12 +371,6 @@ def _default(rate):
 
 def _tell(arguments, known, *lines):
     print(json.dumps(known, ensure_ascii=False) if arguments.json else "\n".join(map(printable, lines)))
-
-
-def _write(line):
-    """A line of the result, past the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
 
 
 def _say_fault(error):

@@ -18,6 +18,28 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def write_line(text, file=None):
+    """Write a line, above the progress bars and in one piece: processes that share the stream do not mix theirs.
+
+    ``print`` writes the end of the line by itself where Python does not buffer (``PYTHONUNBUFFERED``).
+
+    Arguments
+    ---------
+    text : str
+    file : io.TextIOBase
+        By default standard output.
+
+    Example
+    -------
+    >>> write_line("meeting.wav  12.0 s")
+    meeting.wav  12.0 s
+    """
+    file = sys.stdout if file is None else file
+    with tqdm.external_write_mode(file=file):
+        file.write(f"{text}\n")
+        file.flush()
+
+
 def leave(*_):
     """A signal handler: end as an exception does, so that nothing half done is left."""
     sys.exit(143)

@@ -5,6 +5,7 @@ Everything here can be checkpointed, so that a resumed run leaves the records of
 
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -136,6 +137,31 @@ def _is_missing(value):
     return isinstance(value, float) and not math.isfinite(value)
 
 
+def event_writer(save_dir, first_step):
+    """TensorBoard's writer, whose events from a step on take the place of those that earlier processes wrote.
+
+    Event files are read in the order of their names: the second of their start, then the process. A second that
+    another file has already is waited for to end, so that no later process comes to stand before an earlier one.
+
+    Arguments
+    ---------
+    save_dir : str
+        Where the event files go.
+    first_step : int
+        The first step that will be written.
+
+    Returns
+    -------
+    torch.utils.tensorboard.SummaryWriter
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    seconds = [path.name.split(".")[3] for path in Path(save_dir).glob("events.out.tfevents.*")]
+    while str(int(time.time())) in seconds:
+        time.sleep(0.05)
+    return SummaryWriter(save_dir, purge_step=first_step)
+
+
 class TensorboardLogger(TrainLogger):
     """Writes each epoch's numbers at the step of its epoch, also after a resume.
 
@@ -151,11 +177,7 @@ class TensorboardLogger(TrainLogger):
     """
 
     def __init__(self, save_dir, first_epoch=1):
-        self.writer = None
-        if if_main_process():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(save_dir, purge_step=first_epoch)
+        self.writer = event_writer(save_dir, first_epoch) if if_main_process() else None
 
     def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=False):
         """Write scalars; ``stats_meta`` holds the ``epoch``. Missing numbers (NaN) are left out."""

@@ -38,6 +38,7 @@ from shared_modules.options import (
     read_options,
     whole,
 )
+from shared_modules.tracking import event_writer
 
 SPLITS = ("alignment", "dev", "test")
 _SHARE = number(lambda v: 0 < v < 1, "above 0 and below 1")
@@ -158,8 +159,6 @@ def fit_sentence(alignment, max_steps):
 
 def report(options, alignment, rows, thresholds, curves):
     """Write the tables, the figure and TensorBoard's events; print what matters."""
-    from torch.utils.tensorboard import SummaryWriter
-
     folder, history = Path(options["output_folder"]), alignment.history
     write_table(folder / "results.csv", rows)
     if thresholds:
@@ -168,7 +167,7 @@ def report(options, alignment, rows, thresholds, curves):
         write_table(folder / "history.csv", history)
     figure = alignment_figure(curves, history)
     save_figure(figure, folder / "report.png")
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=0) as writer:
+    with event_writer(str(folder / "tensorboard"), first_step=0) as writer:
         for row in history:
             for name, value in row.items():
                 if name != "step":
