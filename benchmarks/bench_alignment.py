@@ -18,7 +18,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from nessa_modules.alignment import ALIGNMENTS, logit_scores, make_alignment
+from nessa_modules.alignment import ALIGNMENTS, make_alignment
+from nessa_modules.logit_alignment import logit_scores
 from nessa_modules.plan import NESSA_KINDS
 
 MAX_DIFFERENCE = 1e-5

@@ -14,15 +14,9 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from nessa_modules.alignment import (
-    Alignment,
-    LinearAlignment,
-    choose_ridge,
-    least_squares_matrices,
-    procrustes_matrices,
-    speaker_folds,
-    speaker_means,
-)
+from nessa_modules.alignment import Alignment
+from nessa_modules.linear_alignment import LinearAlignment, choose_ridge, least_squares_matrices, procrustes_matrices
+from nessa_modules.paired_embeddings import speaker_folds, speaker_means
 
 _PARTS = ("matrix", "offset", "hidden_matrix", "hidden_offset", "output_matrix")
 
@@ -169,7 +163,7 @@ class CrossSpaceMaps:
 
     Example
     -------
-    >>> from nessa_modules.alignment import pair_embeddings
+    >>> from nessa_modules.paired_embeddings import pair_embeddings
     >>> X = torch.randn(40, 8)
     >>> maps = CrossSpaceMaps(pair_embeddings(X, X[:, :5], [row // 2 for row in range(40)]))(0.3, 0.3, 1.0, 0.5)
     >>> {side: list(matrix.shape) for side, (matrix, offset) in maps.items()}
@@ -258,7 +252,7 @@ def closed_forms(pairs):
 
     Example
     -------
-    >>> from nessa_modules.alignment import pair_embeddings
+    >>> from nessa_modules.paired_embeddings import pair_embeddings
     >>> X = torch.randn(40, 8)
     >>> keys = [key for key, maps in closed_forms(pair_embeddings(X, X[:, :5], [row // 2 for row in range(40)]))]
     >>> sorted({key[0] for key in keys})
@@ -286,7 +280,7 @@ def closed_form(pairs, key):
 
     Example
     -------
-    >>> from nessa_modules.alignment import pair_embeddings
+    >>> from nessa_modules.paired_embeddings import pair_embeddings
     >>> X = torch.randn(40, 8)
     >>> maps = closed_form(pair_embeddings(X, X[:, :5], [row // 2 for row in range(40)]), ("procrustes",))
     >>> bool(torch.allclose(maps["runtime"][0] @ maps["runtime"][0].T, torch.eye(5, dtype=torch.float64)))
@@ -452,7 +446,7 @@ def start_tensors(pairs, maps, hidden_size, generator):
 
     Example
     -------
-    >>> from nessa_modules.alignment import pair_embeddings
+    >>> from nessa_modules.paired_embeddings import pair_embeddings
     >>> pairs = pair_embeddings(torch.randn(40, 8), torch.randn(40, 8), [row // 2 for row in range(40)])
     >>> maps = {"runtime": (3 * torch.eye(8).double(), torch.zeros(8).double())}
     >>> tensors = start_tensors(pairs, maps, 16, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Alignments with a closed form: against oracles, their refusals, and their folder on the disk."""
+"""What all kinds of alignments have in common: scoring, refusals, and their folder on the disk."""
 
 import json
 import os
@@ -8,25 +8,10 @@ import zipfile
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch.nn import functional
 
-from nessa_modules.alignment import (
-    ALIGNMENTS,
-    DESCRIPTION_FILE,
-    PairedEmbeddings,
-    choose_ridge,
-    gram_factor,
-    load_alignment,
-    logit_scores,
-    make_alignment,
-    pair_embeddings,
-    procrustes_map,
-    ridge_maps,
-    speaker_folds,
-    speaker_means,
-)
+from nessa_modules.alignment import ALIGNMENTS, DESCRIPTION_FILE, load_alignment, make_alignment
 
 SMALL = {kind: {"hidden_size": 8, "max_steps": 20} for kind in ("nessa", "nessa_runtime")}
 
@@ -43,163 +28,6 @@ def paired(num_speakers=9, utterances=3, sizes=(8, 6), seed=0):
 def fitted(kind, sizes=(8, 6), **data):
     sizes = (8, 8) if kind == "none" else sizes
     return make_alignment(kind, **SMALL.get(kind, {})).fit(*paired(sizes=sizes, **data))
-
-
-def unit(values):
-    return functional.normalize(values.double(), dim=-1)
-
-
-# Logits
-
-
-@pytest.mark.parametrize(
-    ("num_speakers", "sizes"), [(400, (16, 12)), (28, (16, 12)), (20, (16, 12)), (2, (16, 12)), (300, (1, 5))]
-)
-@pytest.mark.parametrize("center", [False, True])
-def test_logit_scores_are_those_of_all_logits(num_speakers, sizes, center):
-    X, Y, speakers = paired(num_speakers, sizes=sizes)
-    alignment = make_alignment("logit", center=center).fit(X, Y, speakers)
-    pairs = pair_embeddings(X, Y, speakers)
-    A, B = alignment.speaker_weights(pairs)
-    x, y = unit(X), unit(Y)
-    if center:
-        x, y = x - x.mean(0), y - y.mean(0)
-    expected = logit_scores(A, B, x, y)
-    assert A.shape == (num_speakers, sizes[0])
-    assert alignment.size == min(num_speakers, sum(sizes))
-    torch.testing.assert_close(alignment.score(X, Y).double(), expected, atol=1e-5, rtol=0)
-    # Also the lengths, and inner products inside a side.
-    logits = x[:9] @ A.T
-    torch.testing.assert_close(
-        (alignment.enroll(X[:9]) @ alignment.enroll(X[:9]).T).double(), logits @ logits.T, atol=1e-5, rtol=1e-5
-    )
-
-
-def test_logit_scores_with_a_nearly_singular_gram_matrix():
-    rng = torch.Generator().manual_seed(0)
-    base = torch.randn(200, 4, generator=rng, dtype=torch.float64)
-    mix = torch.randn(4, 10, generator=rng, dtype=torch.float64)
-    # Ranks 4 + 4 of 20, up to a noise from none at all to one that Cholesky bears.
-    for noise in (0, 1e-12, 1e-9, 1e-6, 1e-3):
-        A = base @ mix + noise * torch.randn(200, 10, generator=rng, dtype=torch.float64)
-        B = base.roll(1, 1) @ mix + noise * torch.randn(200, 10, generator=rng, dtype=torch.float64)
-        factor = gram_factor(A, B)
-        both = torch.cat([A, B], dim=1)
-        torch.testing.assert_close(factor.T @ factor, both.T @ both, rtol=1e-9, atol=1e-9)
-        x, y = torch.randn(2, 30, 10, generator=rng, dtype=torch.float64)
-        scores = functional.normalize(x @ factor[:, :10].T, dim=1) @ functional.normalize(y @ factor[:, 10:].T, dim=1).T
-        torch.testing.assert_close(scores, logit_scores(A, B, x, y), atol=1e-5, rtol=0)
-        assert torch.equal(factor, factor.triu())
-
-
-def test_gram_factor_takes_cholesky_only_where_it_is_accurate(monkeypatch):
-    calls = []
-    cholesky = torch.linalg.cholesky
-    monkeypatch.setattr(torch.linalg, "cholesky", lambda *args, **kwargs: calls.append(1) or cholesky(*args, **kwargs))
-    A, B = torch.randn(2, 50, 3, dtype=torch.float64)
-    gram_factor(A, B)
-    assert len(calls) == 1
-    gram_factor(A, A)  # singular
-    gram_factor(A[:5], B[:5])  # fewer speakers than dimensions
-    gram_factor(A, A + 1e-7 * B)  # singular up to rounding
-    assert len(calls) == 1
-
-
-def test_classifier_weights_are_used_where_given():
-    X, Y, speakers = paired()
-    A, B = torch.randn(50, 8), torch.randn(50, 6).numpy()
-    alignment = make_alignment("logit", enroll_weight=A, runtime_weight=B).fit(X, Y, speakers)
-    expected = logit_scores(unit(A), unit(torch.as_tensor(B)), unit(X), unit(Y))
-    torch.testing.assert_close(alignment.score(X, Y).double(), expected, atol=1e-5, rtol=0)
-    assert alignment.details["num_logits"] == 50
-
-
-def test_centroids_are_means_of_length_normalised_embeddings():
-    X, Y, speakers = paired(num_speakers=5)
-    A, _ = make_alignment("logit").speaker_weights(pair_embeddings(X, Y, speakers))
-    expected = unit(torch.stack([unit(X)[3 * speaker : 3 * speaker + 3].mean(0) for speaker in range(5)]))
-    torch.testing.assert_close(A, expected)
-
-
-@pytest.mark.parametrize(
-    ("weights", "match"),
-    [
-        ({"enroll_weight": torch.ones(3, 8)}, "for both models or for none"),
-        ({"enroll_weight": torch.ones(3, 8), "runtime_weight": torch.ones(4, 6)}, r"\[3, 8\] and \[4, 6\]"),
-        ({"enroll_weight": torch.ones(3, 8), "runtime_weight": torch.ones(3)}, r"\[3, 8\] and \[3\]"),
-        ({"enroll_weight": torch.ones(3, 8), "runtime_weight": torch.ones(3, 7)}, "its 6 dimensions, but got 7"),
-    ],
-)
-def test_classifier_weights_that_do_not_fit_are_refused(weights, match):
-    with pytest.raises(ValueError, match=match):
-        make_alignment("logit", **weights).fit(*paired())
-
-
-# Linear maps
-
-
-def test_procrustes_is_scipys():
-    source, target = torch.randn(2, 40, 7, dtype=torch.float64)
-    expected = scipy.linalg.orthogonal_procrustes(source.numpy(), target.numpy())[0]
-    torch.testing.assert_close(procrustes_map(source, target), torch.as_tensor(expected))
-
-
-@pytest.mark.parametrize(("sizes", "rotated"), [((8, 6), "runtime"), ((6, 8), "enroll"), ((7, 7), "runtime")])
-def test_procrustes_undoes_a_rotation_into_more_dimensions(sizes, rotated):
-    rng = torch.Generator().manual_seed(0)
-    small, large = sorted(sizes)
-    rotation = torch.linalg.qr(torch.randn(large, small, generator=rng, dtype=torch.float64)).Q.T  # rows orthonormal
-    points = unit(torch.randn(50, small, generator=rng))
-    X, Y = (points @ rotation, points) if rotated == "runtime" else (points, points @ rotation)
-    alignment = make_alignment("procrustes").fit(X, Y, [row // 2 for row in range(50)])
-    assert alignment.details["rotated"] == rotated
-    torch.testing.assert_close(alignment.enroll(X), alignment.runtime(Y), atol=1e-6, rtol=0)
-    # Nothing but a rotation and the mean: distances stay.
-    torch.testing.assert_close(torch.pdist(alignment.runtime(Y)), torch.pdist(unit(Y)).float(), atol=1e-5, rtol=0)
-
-
-def test_ridge_solves_the_normal_equations():
-    source, target = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
-    gram = source.T @ source
-    for ridge, estimate in zip((0.0, 0.1, 10.0), ridge_maps(source, target, [0.0, 0.1, 10.0]), strict=True):
-        strength = ridge * gram.trace() / 5
-        expected = torch.linalg.solve(gram + strength * torch.eye(5, dtype=torch.float64), source.T @ target)
-        torch.testing.assert_close(estimate, expected)
-
-
-def test_ridge_of_fewer_rows_than_dimensions_is_the_least_norm_solution():
-    source, target = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    expected = torch.linalg.pinv(source) @ target
-    torch.testing.assert_close(ridge_maps(source, target, [0.0])[0], expected)
-
-
-def test_least_squares_undoes_a_linear_map():
-    rng = torch.Generator().manual_seed(0)
-    Y = unit(torch.randn(300, 6, generator=rng))
-    X = unit(Y @ torch.linalg.qr(torch.randn(8, 8, generator=rng, dtype=torch.float64)).Q[:6])
-    alignment = make_alignment("least_squares").fit(X, Y, [row // 3 for row in range(300)])
-    assert alignment.details["ridge"] < 1e-4
-    torch.testing.assert_close(alignment.runtime(Y), alignment.enroll(X), atol=1e-4, rtol=0)
-
-
-def test_the_ridge_is_chosen_on_held_out_speakers():
-    """With the session's noise common to a speaker's utterances, folds over utterances would want less of it."""
-    rng = torch.Generator().manual_seed(0)
-    noise = 2 * torch.randn(12, 30, generator=rng).repeat_interleave(20, 0)
-    clean = torch.randn(12, 30, generator=rng).repeat_interleave(20, 0)
-    Y = clean + noise + 0.01 * torch.randn(240, 30, generator=rng)
-    speakers = torch.arange(12).repeat_interleave(20)
-    ridges = [1e-6, 1e-2, 1.0, 100.0]
-    pairs = pair_embeddings(clean + 0.01 * torch.randn(240, 30, generator=rng), Y, speakers)
-    assert choose_ridge(pairs, ridges) >= 1.0
-    each_its_own = PairedEmbeddings(pairs.enroll, pairs.runtime, torch.arange(240))
-    assert choose_ridge(each_its_own, ridges) < 1.0
-
-
-def test_a_given_ridge_is_used():
-    assert make_alignment("least_squares", ridge=0.5).fit(*paired()).details["ridge"] == 0.5
-    with pytest.raises(ValueError, match="ridge can only be 0 or more, but got -1"):
-        make_alignment("least_squares", ridge=-1)
 
 
 # The interface
@@ -290,29 +118,12 @@ def test_what_cannot_be_mapped_is_refused(kind):
         alignment.enroll(torch.zeros(8))
 
 
-def test_none_needs_equal_dimensions():
-    with pytest.raises(ValueError, match="same number of dimensions, but got 8 and 6"):
-        make_alignment("none").fit(*paired())
-
-
 @pytest.mark.parametrize("kind", ALIGNMENTS)
 def test_fitting_leaves_the_global_random_state_and_repeats(kind):
     state = torch.get_rng_state()
     one, other = fitted(kind), fitted(kind)
     assert torch.equal(torch.get_rng_state(), state)
     assert one.alignment_id == other.alignment_id
-
-
-def test_folds_share_no_speaker_and_are_equal_parts():
-    folds = speaker_folds(23, 5, seed=1)
-    assert sorted(folds.bincount().tolist()) == [4, 4, 5, 5, 5]
-    assert not torch.equal(folds, speaker_folds(23, 5, seed=2))
-    pairs = pair_embeddings(*paired(num_speakers=23))
-    kept, held_out = pairs.of_speakers(folds != 0), pairs.of_speakers(folds == 0)
-    assert kept.num_speakers + held_out.num_speakers == 23
-    assert len(kept.enroll) + len(held_out.enroll) == len(pairs.enroll)
-    expected = speaker_means(pairs.enroll, pairs.speaker_indices)[folds == 0]
-    torch.testing.assert_close(speaker_means(held_out.enroll, held_out.speaker_indices), expected)
 
 
 # On the disk

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
-from nessa_modules.alignment import make_alignment, pair_embeddings, speaker_means
+from nessa_modules.alignment import make_alignment
 from nessa_modules.nessa import (
     CrossSpaceMaps,
     Nessa,
@@ -19,6 +19,7 @@ from nessa_modules.nessa import (
     network,
     start_tensors,
 )
+from nessa_modules.paired_embeddings import pair_embeddings, speaker_means
 
 UTTERANCES = 6
 
