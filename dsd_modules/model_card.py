@@ -56,7 +56,7 @@ def write_card(folder, run_folder=None, table=None, test_block=None, licence=UNK
     run_folder : str or Path, optional
         The run that it comes from: its ``hyperparams.yaml``, ``history.csv``, manifests and test scores.
     table : str or Path, optional
-        The test scores, see :func:`dsd_modules.results.results_table`; ``test_results.csv`` of the run without it.
+        The test scores, see :func:`dsd_modules.results.results_table`; None: the run's ``test_results.csv``, if any.
     test_block : int, optional
         The block that they are of; None: the last one.
     licence : str
@@ -69,7 +69,8 @@ def write_card(folder, run_folder=None, table=None, test_block=None, licence=UNK
     Raises
     ------
     ValueError
-        If the model cannot be read, a file of the run is broken, or the licence is no identifier.
+        If the model cannot be read, the table is missing, a file of the run is broken, or the licence is no
+        identifier.
     """
     check_licence(licence)
     model = _describe_model(folder)
@@ -181,29 +182,30 @@ def _describe_model(folder):
 
 def _read_run(run_folder, table):
     """What the files of a run tell; what is missing is left out."""
-    if run_folder is None:
-        return {}
-    run_folder, run = Path(run_folder), {}
-    hparams_file = run_folder / "hyperparams.yaml"
-    if hparams_file.exists():
-        _, run["options"] = read_options(hparams_file)
-        run["changed"] = _changed_options(hparams_file, run["options"])
-    if (run_folder / "history.csv").exists():
-        run["history"] = read_history(run_folder / "history.csv")
-    table = Path(table) if table is not None else run_folder / "test_results.csv"
-    if table.exists():
+    run = {}
+    if run_folder is not None:
+        run_folder = Path(run_folder)
+        hparams_file = run_folder / "hyperparams.yaml"
+        if hparams_file.exists():
+            _, run["options"] = read_options(hparams_file)
+            run["changed"] = _changed_options(hparams_file, run["options"])
+        if (run_folder / "history.csv").exists():
+            run["history"] = read_history(run_folder / "history.csv")
+        sets = {"train": "training", "valid": "validation", "test": "test"}
+        run["sizes"] = [
+            f"{word} {size}"
+            for name, word in sets.items()
+            if (size := _manifest_size(run_folder / "manifests" / f"{name}.csv"))
+        ]
+        if table is None and (run_folder / "test_results.csv").exists():
+            table = run_folder / "test_results.csv"
+    if table is not None:
         rows, run["scores"] = read_results(table)
         run["num_mixtures"] = len(rows)
-        groups = table.with_name(table.name.replace("results", "groups"))
-        if groups.exists():
+        groups = Path(table).with_name(Path(table).name.replace("results", "groups"))
+        if groups != Path(table) and groups.exists():
             with open(groups, newline="", encoding="utf-8") as stream:
                 run["groups"] = list(csv.DictReader(stream))
-    sets = {"train": "training", "valid": "validation", "test": "test"}
-    run["sizes"] = [
-        f"{word} {size}"
-        for name, word in sets.items()
-        if (size := _manifest_size(run_folder / "manifests" / f"{name}.csv"))
-    ]
     return run
 
 
@@ -250,7 +252,9 @@ def _describe_data(options):
         return "unknown data", "The run that this model comes from was not at hand when this card was written."
     get, corpus = options.get, f"Libri{max(2, options.get('num_spks', 2))}Mix"
     sets = " and ".join(get("train_sets") or [])
-    form = f"{_TASKS.get(get('task'), get('task'))}, `{get('mode')}` mode, {get('sample_rate', 8000) / 1000:g} kHz"
+    end = {"min": ", each cut to its shortest source", "max": ", each as long as its longest source"}
+    task = _TASKS.get(get("task"), get("task"))
+    form = f"{task}, `{get('mode')}` mode{end.get(get('mode'), '')}, {get('sample_rate', 8000) / 1000:g} kHz"
     kind = _data_kind(options)
     if kind == "synthetic":
         name = "synthetic voices (espeak-ng)"
@@ -278,10 +282,10 @@ def _about(model, options):
     if model["num_spks"] == 1:
         text = "Takes the noise out of a recording of one speaker"
     else:
-        text = f"Takes a recording of {model['speakers']} who talk at once apart, into one voice each"
+        text = f"Separates a recording of {model['speakers']} who talk at the same time into one recording of each"
     text += (
-        f". It is a [{model['architecture']}]({_PAPERS[model['architecture']]}) of {model['num_blocks']} blocks and "
-        f"{millions} million weights, for audio at {model['sample_rate']} Hz."
+        f". It is a [{model['architecture']}]({_PAPERS[model['architecture']]}) of "
+        f"{_count(model['num_blocks'], 'block')} and {millions} million weights, at {model['sample_rate']} Hz."
     )
     if options is None:
         return text
@@ -294,13 +298,17 @@ def _about(model, options):
     return f"{text} It was trained with {method}, by a SpeechBrain recipe (dsd-separation)."
 
 
+def _count(number, what):
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _training(run):
     options = run.get("options")
     if options is None:
         return "The set-up is not known."
     lines, history = [], run.get("history", [])
     if history:
-        lines.append(f"{history[-1]['epoch']} epochs were run.")
+        lines.append(f"It was trained for {_count(history[-1]['epoch'], 'epoch')}.")
     epochs, scores = epoch_series(history, "valid_si_sdri")
     if epochs:
         best = max(range(len(scores)), key=scores.__getitem__)
@@ -329,7 +337,7 @@ def _value(value):
 
 def _results(run, test_block):
     if "scores" not in run:
-        return "No test was run, so nothing is known of how well it separates."
+        return "No test scores were at hand, so nothing is known of how well it separates."
     scores = run["scores"]
     names = list(main_scores(scores))
     name = "test set" if test_block is None else f"test set, block {test_block}"
@@ -343,11 +351,15 @@ def _results(run, test_block):
         for group in groups:
             means = {name: float(value or "nan") for name, value in group.items() if name not in ("kind", "group")}
             table.append(_score_row(f"{group['kind']} {group['group']}", group["num_mixtures"], means, names))
-    text = "Means over the test mixtures of the data above, measured by the run.\n\n" + "\n".join(table)
+    source = "of the data above" if "options" in run else "of data that are not known"
+    text = f"Means over the test mixtures {source}. Higher is better"
+    if any("SDR" in name for name in names):
+        text += "; SI-SDRi and SDRi tell by how much the voices are better than the mixture itself"
+    text += ".\n\n" + "\n".join(table)
     of_blocks = {name.removeprefix("si_sdri_block"): value for name, value in scores.items() if "si_sdri_block" in name}
     if of_blocks:
         rows = "\n".join(f"| {block} | {value:.2f} |" for block, value in of_blocks.items())
-        text += f"\n\nWith the first blocks alone, and with all:\n\n| blocks | SI-SDRi, dB |\n|---|---|\n{rows}"
+        text += f"\n\nBy the number of blocks that are run:\n\n| blocks | SI-SDRi, dB |\n|---|---|\n{rows}"
     return text
 
 
@@ -369,10 +381,11 @@ def _how_to_load(model):
         'source = "path/to/this/folder"\n'
         "separator = SepformerDSDSeparation.from_hparams(source)\n"
         'voices = separator.separate_file("meeting.wav")  # [samples, speakers]\n'
+        'separator.separate_to_files("meeting.wav", "out")  # writes out/meeting_spk<i>.wav\n'
         "```\n\n"
     )
     if not model["is_stock"]:
-        return text + "SpeechBrain alone cannot build this wiring."
+        return text + "SpeechBrain alone has no class for this model and cannot load it."
     return text + (
         "With SpeechBrain alone:\n\n"
         "```python\n"
@@ -389,8 +402,10 @@ def _limits(model, options):
     lines = [
         f"- It expects {speakers}; what it gives for more or fewer is not known.",
         "- Which voice comes first is arbitrary.",
-        "- It was tested on the data above alone: not on other languages, rooms, microphones or noises.",
+        "- It has heard the data above alone: nothing is known of other languages, rooms, microphones or noises.",
     ]
+    if options is None:
+        lines[-1] = "- What languages, rooms, microphones and noises it can be used with is not known."
     if _data_kind(options) == "synthetic":
         lines[-1] = "- It has heard synthetic voices alone: it is for trying and testing, not for recordings of people."
     return "\n".join(lines)
@@ -467,7 +482,7 @@ Each file holds its weights and takes `mixture [batch, samples]` (float32, {last
 {last.shortest_length} samples) to `estimates [batch, samples, speakers]`. They were compared with PyTorch up to the \
 length below. Longer mixtures take memory with up to the square of their length: cut them into windows that overlap.
 
-| file | blocks | longest compared, samples | largest difference, of the peak |
+| file | blocks | longest compared, samples | largest difference, relative to the peak |
 |---|---|---|---|
 {chr(10).join(rows)}
 

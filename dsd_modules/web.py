@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import soundfile
@@ -78,7 +78,19 @@ class _Stopped(Exception):
     """The visitor stopped the separation, or left."""
 
 
+@contextmanager
+def _turn(turns, wait):
+    """Hold one of the turns of a semaphore; until there is one, call ``wait`` ten times a second."""
+    while not turns.acquire(timeout=0.1):
+        wait()
+    try:
+        yield
+    finally:
+        turns.release()
+
+
 _INVITATION = "<p>The voices will appear here.</p>"
+_STOPPED = "<p>Stopped.</p>"
 _NOW = "() => performance.now()"  # ms since the page was loaded
 _WIDTH_AND_NOW = """(...inputs) => {
     const width = document.querySelector("#results").clientWidth - 26;
@@ -128,19 +140,19 @@ def build_page(separator, model_name):
     import gradio
 
     names = ["Mixture", *(f"Voice {spk}" for spk in range(1, separator.num_spks + 1))]
-    stops = {}  # from a visitor's session to when its browser asked for a separation, and the event that ends this
+    turns = threading.Semaphore(_CALLS_AT_ONCE)  # not gradio's queue, where one that waits cannot be stopped
+    stops = {}  # from a visitor's session to when its browser last asked for something, and what ends the separation
 
     def stop(request: gradio.Request):
-        if run := stops.pop(request.session_hash, None):
-            _, is_stopped = run
-            is_stopped.set()
+        _, is_stopped = stops.pop(request.session_hash, (0, threading.Event()))
+        is_stopped.set()
 
     def clear(changed_ms, request: gradio.Request):
-        if run := stops.get(request.session_hash):
-            asked_ms, is_stopped = run
-            if changed_ms < asked_ms:  # told of it late
-                return {message: gradio.skip()}
-            is_stopped.set()
+        asked_ms, is_stopped = stops.get(request.session_hash, (0, threading.Event()))
+        if changed_ms < asked_ms:  # told of it late
+            return {message: gradio.skip()}
+        is_stopped.set()
+        stops[request.session_hash] = changed_ms, is_stopped
         return {message: _INVITATION, results: gradio.update(visible=False)}
 
     def separate(
@@ -156,12 +168,21 @@ def build_page(separator, model_name):
         if path is None:
             yield {message: '<p role="alert">There is no recording yet: drop one, record one, or take an example.</p>'}
             return
-        is_stopped = threading.Event()
-        stops[request.session_hash] = asked_ms, is_stopped
+        changed_ms, is_stopped = stops.get(request.session_hash, (0, None))
+        if changed_ms < asked_ms:  # else told of this late, and it is stopped already
+            is_stopped = threading.Event()
+            stops[request.session_hash] = asked_ms, is_stopped
 
-        def report(done_seconds, total_seconds):
+        def go_on():
             if is_stopped.is_set():
                 raise _Stopped
+
+        def wait():
+            go_on()
+            progress(0.0, desc="waiting for other recordings")
+
+        def report(done_seconds, total_seconds):
+            go_on()
             total_seconds = max(total_seconds, done_seconds)  # a header may promise too little
             progress(done_seconds / (total_seconds or 1), desc=f"{clock(done_seconds)} of {clock(total_seconds)}")
 
@@ -174,23 +195,24 @@ def build_page(separator, model_name):
         shown = {start_button: gradio.update(visible=True), stop_button: gradio.update(visible=False)}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                separated = separator.separate_to_files(
-                    path,
-                    folder,
-                    stem=Path(path).stem,
-                    num_blocks=None if stops_early else num_blocks,
-                    exit_si_sdr_db=exit_si_sdr_db if stops_early else None,
-                    progress=report,
-                )
-                progress(1.0, desc="drawing")
-                num_samples = soundfile.info(separated.paths[0]).frames
-                paths = [path, *separated.paths]
-                recordings = dict(zip(names, paths, strict=True))
-                drawn = draw_recordings(recordings, num_samples, separator.sample_rate, min(max(240, width), 1200))
-                if is_stopped.is_set():
-                    raise _Stopped
+                go_on()
+                with _turn(turns, wait):
+                    separated = separator.separate_to_files(
+                        path,
+                        folder,
+                        stem=Path(path).stem,
+                        num_blocks=None if stops_early else num_blocks,
+                        exit_si_sdr_db=exit_si_sdr_db if stops_early else None,
+                        progress=report,
+                    )
+                    progress(1.0, desc="drawing")
+                    num_samples = soundfile.info(separated.paths[0]).frames
+                    paths = [path, *separated.paths]
+                    recordings = dict(zip(names, paths, strict=True))
+                    drawn = draw_recordings(recordings, num_samples, separator.sample_rate, min(max(240, width), 1200))
+                go_on()
             except _Stopped:
-                shown[message] = "<p>Stopped.</p>"
+                shown[message] = _STOPPED
             except Exception as error:  # the page goes on, and its buttons must come back
                 if not isinstance(error, ValueError | OSError):  # out of memory, or a bug
                     traceback.print_exc()
@@ -200,6 +222,8 @@ def build_page(separator, model_name):
                 shown |= dict(zip(pictures, drawn, strict=True))
                 shown |= dict(zip([*players, *downloads], map(str, [*paths, *separated.paths]), strict=True))
             yield shown  # gradio has copied the files when it goes on from here
+            if is_stopped.is_set():  # meanwhile
+                yield {message: _STOPPED, results: gradio.update(visible=False)}
 
     with gradio.Blocks(title="Speech separation", analytics_enabled=False, delete_cache=(3600, _KEPT_SECONDS)) as page:
         gradio.HTML(_title(separator, model_name), elem_id="title")
@@ -285,7 +309,7 @@ def build_page(separator, model_name):
             [message, results, start_button, stop_button, *pictures, *players, *downloads],
             js=_WIDTH_AND_NOW,
             show_progress_on=message,
-            concurrency_limit=_CALLS_AT_ONCE,
+            concurrency_limit=None,
         )
         stop_button.click(stop, queue=False)
         page.unload(stop)
@@ -300,6 +324,7 @@ def _theme():
     return gradio.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=sans, font_mono=("ui-monospace", "monospace")
     ).set(
+        body_text_color_subdued="*neutral_500",  # one step darker than gradio's, which is hard to read on white
         button_primary_background_fill=BLUE,
         button_primary_background_fill_dark=BLUE,
         button_primary_background_fill_hover="#005A8E",

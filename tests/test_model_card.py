@@ -88,7 +88,7 @@ def test_every_number_is_the_runs(tmp_path):
     assert "| 2 | 6.25 |" in results
 
     training = section(text, "Training")
-    assert "3 epochs were run." in training
+    assert "It was trained for 3 epochs." in training
     assert "6.12 dB, epoch 2." in training
     table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", training, flags=re.MULTILINE))
     assert {"dsd_mode": "reorder", "layerwise": "True", "lr": "0.002", "seed": "7"}.items() <= table.items()
@@ -128,7 +128,7 @@ def test_a_run_without_results_claims_none(tmp_path):
     header, text = read_card(write_card(exported, run))
     assert "model-index" not in header
     assert "metrics" not in header
-    assert "No test was run, so nothing is known" in section(text, "Results")
+    assert "No test scores were at hand, so nothing is known" in section(text, "Results")
     assert "SI-SDRi, dB" not in text
 
 
@@ -139,8 +139,21 @@ def test_a_model_of_no_run_claims_nothing(tmp_path):
     assert "model-index" not in header
     assert "not at hand" in section(text, "Data")
     assert "not known" in section(text, "Training")
-    assert "No test was run" in section(text, "Results")
+    assert "No test scores" in section(text, "Results")
+    assert "data above" not in text
     assert "two speakers" in text
+
+
+def test_scores_need_no_run(tmp_path):
+    run, exported = make_run(tmp_path / "run")
+    (run / "test_results.csv").rename(tmp_path / "scores.csv")  # which are no table of groups, too
+    for folder in (None, run):
+        header, text = read_card(write_card(exported, folder, tmp_path / "scores.csv"))
+        assert "| test set | 2 | 6.25 | 7.25 | 0.85 |" in section(text, "Results")
+        assert header["metrics"] == ["si-sdri", "sdri", "stoi"]
+        assert ("data that are not known" in section(text, "Results")) == (folder is None)
+    with pytest.raises(ValueError, match=r"none\.csv"):
+        write_card(exported, table=tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize("fault", ["history.csv", "hyperparams.yaml", "manifests/train.csv", "test_groups.csv"])
@@ -150,7 +163,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path, fault):
     _, text = read_card(write_card(exported, run))
     assert "| test set | 2 | 6.25 |" in text
     lacking = {
-        "history.csv": "epochs were run",
+        "history.csv": "trained for",
         "hyperparams.yaml": "`dsd_mode`",
         "manifests/train.csv": "training 2",
         "test_groups.csv": "gender FM",
@@ -208,6 +221,12 @@ def test_a_model_of_the_hub_that_was_fine_tuned_is_named(tmp_path):
     assert header["base_model"] == "speechbrain/sepformer-libri3mix"
     assert "from the weights of `speechbrain/sepformer-libri3mix@a1b2`" in text
     assert "moving average (`ema_decay: 0.99`)" in text
+
+
+def test_one_is_not_called_many(tmp_path):
+    run, exported = make_run(tmp_path / "run")
+    (run / "history.csv").write_text("epoch,valid_si_sdri\n1,2.0\n")
+    assert "It was trained for 1 epoch." in write_card(exported, run).read_text(encoding="utf-8")
 
 
 def test_other_separators_and_what_speechbrain_cannot_build(tmp_path):

@@ -422,6 +422,54 @@ def test_a_separation_is_stopped(tmp_path, server, visit):
 
 
 @in_a_browser
+def test_one_that_waits_for_others_is_stopped(tmp_path, server, visit):
+    """At once, and not when its turn has come."""
+    soundfile.write(tmp_path / "long.wav", noise(30 * 60 * 8000), 8000)
+    others = [visit(server) for _ in range(2)]
+    for page in others:
+        give(page, tmp_path / "long.wav")
+        page.get_by_role("button", name="Separate").click()
+        page.get_by_text("of 30:00").wait_for()
+    page = visit(server)
+    page.get_by_role("button", name="Separate").click()
+    page.get_by_text("There is no recording yet").wait_for()
+    for stop in ("Stop", "Two speakers"):
+        soundfile.write(tmp_path / "a.wav", noise(8000), 8000)
+        give(page, tmp_path / "a.wav")
+        page.get_by_role("button", name="Separate").click()
+        page.get_by_text("waiting for other recordings").wait_for()
+        page.get_by_role("button", name=stop, exact=True).click()
+        page.get_by_text("Stopped.").wait_for()
+        if stop == "Stop":
+            page.get_by_label("Clear").click()
+            page.get_by_text("The voices will appear here.").wait_for()
+    page.get_by_role("button", name="Separate").click()
+    page.get_by_text("waiting for other recordings").wait_for()
+    assert page.locator("#results img").count() == 0
+    for other in others:
+        other.get_by_role("button", name="Stop").click()
+    page.locator("#message dl").wait_for()
+    assert_shown(page, 2, soundfile.info(web.EXAMPLES["Two speakers"]).duration)
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="needs gradio (make test-web installs it)")
+def test_voices_of_a_recording_that_was_replaced_are_not_left(tmp_path):
+    """Also where the server is told before it begins, or while gradio copies the files."""
+    separator = SepformerDSDSeparation.from_hparams(make_export(tmp_path / "exported"))
+    page = web.build_page(separator, "model")
+    calls = {function.name: function.fn for function in page.fns.values()}
+    path = str(web.EXAMPLES["Two speakers"])
+    for num_before, changed_ms, is_stopped in ((0, 15, True), (1, 15, True), (2, 15, True), (1, 5, False)):
+        visitor = SimpleNamespace(session_hash=f"{num_before} {changed_ms}")
+        messages = calls["separate"](path, 2, False, 30, 800, 10, visitor, progress=lambda *_, **__: None)
+        given = [next(messages) for _ in range(num_before)]
+        calls["clear"](changed_ms, visitor)
+        given += messages
+        text = next(value for block, value in given[-1].items() if block.elem_id == "message")
+        assert ("Stopped." in text) == is_stopped
+
+
+@in_a_browser
 def test_a_recording_from_the_microphone(tmp_path, server, visit):
     """Chromium's stand-in beeps."""
     page = visit(server)
