@@ -3,6 +3,7 @@
 The parameters are those of SpeechBrain's ``Dual_Path_Model``, name by name, so its checkpoints load.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -439,11 +440,32 @@ def run_layer(function, *args, recompute):
     return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
 
 
+def _lacks_bf16(x):
+    """Whether x is to be computed in bf16 on a CPU for which oneDNN has none: PyTorch lets it fail at an LSTM."""
+    if not x.is_cpu or not torch.backends.mkldnn.is_available():
+        return False
+    is_autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast else x.dtype
+    return dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@contextlib.contextmanager
+def _without_onednn():
+    """As ``torch.backends.mkldnn.flags(enabled=False)``, which warns of settings that it leaves as they are."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 def _recurrent(rnn, x, mask=None):
     """``SBRNNBlock.forward`` for x [B, T, N]. The steps of a row that the mask [B, T] leaves out are not run."""
     rnn.flatten_parameters()
     if mask is None:
-        return rnn(x)[0]
+        with _without_onednn() if _lacks_bf16(x) else contextlib.nullcontext():
+            return rnn(x)[0]
     packed = pack_padded_sequence(x, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
     return pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 

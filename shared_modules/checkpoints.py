@@ -66,6 +66,15 @@ class WholeCheckpointer(Checkpointer):
         ddp_barrier()
         return checkpoint
 
+    def _new_checkpoint_dirpath(self):
+        """A name after all that are there, in which they can be ordered too.
+
+        SpeechBrain counts the checkpoints of one second, and gives the number of a deleted one again.
+        """
+        stem, _, number = Checkpointer._new_checkpoint_dirpath(self).name.rpartition("+")
+        taken = [int(path.name.rpartition("+")[2]) for path in self.checkpoints_dir.glob(f"{stem}+*")]
+        return self.checkpoints_dir / f"{stem}+{max([int(number) - 1, *taken]) + 1:02d}"
+
     def _custom_checkpoint_dirpath(self, name):
         if name.startswith(_UNFINISHED):
             return self.checkpoints_dir / name

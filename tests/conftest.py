@@ -40,9 +40,24 @@ TINY = {
 }
 
 
+torch.set_num_threads(1)  # at once: fixtures of modules come before those of tests
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+# For programs that tests start. On Linux what getrusage tells begins at the size of the process that started it.
+PEAK_BYTES = """
+import os, resource
+
+def peak_bytes():
+    if not os.path.exists("/proc/self/status"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+"""
 
 
 def voice(rng, num_samples, pitch_hz, sample_rate=8000):

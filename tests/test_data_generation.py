@@ -297,7 +297,7 @@ def test_two_processes_at_once(recordings, tmp_path):
         subprocess.Popen([*command, "--num-mixtures", "5"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for _ in range(2)
     ]
-    answers = {process.communicate(timeout=60)[0] for process in both}
+    answers = {process.communicate(timeout=600)[0] for process in both}
     assert [process.returncode for process in both] == [0, 0]
     (path,) = answers
     assert len(list(Path(path.decode().strip(), "wav8k/min/dev/mix_clean").iterdir())) == 5

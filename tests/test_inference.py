@@ -12,7 +12,7 @@ import pytest
 import scipy.signal
 import soundfile
 import torch
-from conftest import HPARAMS
+from conftest import HPARAMS, PEAK_BYTES
 from test_model_folder import OPTIONS, make_export, make_modules
 
 from dsd_modules import inference
@@ -556,8 +556,8 @@ def test_models_in_threads_do_not_meet(tmp_path):
 def test_memory_does_not_grow_with_the_length(tmp_path):
     """Half a minute and half an hour, whose voices are 115 MB."""
     exported = make_export(tmp_path / "exported")
-    script = """
-import resource, sys
+    script = f"""{PEAK_BYTES}
+import sys
 import torch
 torch.set_num_threads(1)
 from dsd_modules import inference
@@ -567,7 +567,7 @@ separator._run = lambda mix, *options: (torch.stack([mix, mix], 1), [2])
 peaks = []
 for path in sys.argv[2:]:
     separator.separate_to_files(path, sys.argv[1] + "_voices", window_seconds=4.0)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    peaks.append(peak_bytes() >> 20)
 print(*peaks)
 """
     rng = np.random.default_rng(0)

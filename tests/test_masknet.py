@@ -1,6 +1,10 @@
 """The mask network and the separator, against SpeechBrain's own on the same weights."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,6 +202,21 @@ def test_autocast_is_close_and_finite(rnn):
         plain, padded = masknet(x), masknet(x, lengths)
     assert_close(plain.float(), masknet(x), relative=0.1)
     assert_close(padded.float(), masknet(x, lengths), relative=0.1)
+
+
+BF16 = """
+import torch
+from test_masknet import CHANNELS, small_masknet
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    masks = small_masknet(rnn="LSTM")(torch.randn(2, CHANNELS, 73))
+masks.float().sum().backward()
+"""
+
+
+def test_autocast_on_a_cpu_without_bf16():
+    """oneDNN takes this CPU for such a one; PyTorch lets it fail at an LSTM all the same."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", BF16], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 import torch.multiprocessing
+from conftest import PEAK_BYTES
 from speechbrain.utils.checkpoints import Checkpointer
 
 from dsd_modules.memory_bank import AssignmentMemoryBank, EpochCounts
@@ -456,7 +457,7 @@ def test_ten_million_samples_take_less_than_a_gigabyte():
 
 
 PEAK = """
-import resource, sys
+import sys
 import torch
 from dsd_modules.memory_bank import AssignmentMemoryBank
 
@@ -466,18 +467,16 @@ class Ids:  # a manifest on disk: no id is kept in memory
         if row >= len(self): raise IndexError
         return f"1089-134686-{row:08d}_121-127105-{row:08d}"
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 bank = AssignmentMemoryBank(2)
 bank.set_samples(["a"])
 bank = AssignmentMemoryBank(2)
-before = peak()
+before = peak_bytes()
 bank.set_samples(Ids())
-print(peak() - before)
+print(peak_bytes() - before)
 """
 
 
 def test_set_samples_peaks_below_a_gigabyte_for_ten_million():
-    command = [sys.executable, "-c", PEAK, "1000000"]
+    command = [sys.executable, "-c", PEAK_BYTES + PEAK, "1000000"]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert 10 * peak < 1e9

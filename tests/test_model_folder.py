@@ -155,7 +155,8 @@ def test_round_trip_equals_the_modules(tmp_path, num_spks):
     estimates = separator.separate_batch(mixture)
     assert estimates.shape == (3, 1003, num_spks)
     assert not estimates.requires_grad
-    torch.testing.assert_close(estimates, separate_with(modules, mixture), rtol=0, atol=0)
+    with torch.no_grad():  # as there: with gradients it is decoded by another sum, which may round otherwise
+        torch.testing.assert_close(estimates, separate_with(modules, mixture), rtol=0, atol=0)
 
 
 def test_separates_the_same_in_speechbrain(tmp_path, exported):
@@ -299,7 +300,8 @@ def test_an_edited_wiring_is_exported_as_edited(tmp_path, old, new, expected):
     assert "lr" not in text
     mixture = torch.randn(2, 1003)
     estimates = SepformerDSDSeparation.from_hparams(folder).separate_batch(mixture)
-    torch.testing.assert_close(estimates, separate_with(modules, mixture), rtol=0, atol=0)
+    with torch.no_grad():  # as there
+        torch.testing.assert_close(estimates, separate_with(modules, mixture), rtol=0, atol=0)
     theirs = SepformerSeparation.from_hparams(source=str(folder), savedir=str(tmp_path / "savedir"))
     torch.testing.assert_close(theirs.separate_batch(mixture), estimates, rtol=1e-4, atol=1e-5)
     is_tied = "inter_model" in new  # SpeechBrain's class would make one model of one template

@@ -152,10 +152,13 @@ def test_any_number_of_processes_gives_the_same(make_speech, num_processes):
     with QualityScorer(metrics, 8000, num_processes=num_processes, progressbar=False) as scorer:
         for sample_id, job in jobs.items():
             scorer.submit(sample_id, *job)
-        assert scorer.collect() == expected
+        scores = scorer.collect()
+        assert scores.keys() == expected.keys()
+        for sample_id, score in scores.items():  # BLAS may have other threads there, and add in another order
+            assert score == pytest.approx(expected[sample_id], rel=1e-9)
         assert scorer.collect() == {}
         scorer.submit("mix_3", *jobs["mix_3"])
-        assert scorer.collect() == {"mix_3": expected["mix_3"]}
+        assert scorer.collect() == {"mix_3": scores["mix_3"]}
 
 
 class _Deadly:
@@ -191,6 +194,18 @@ def test_error_of_a_process_reaches_the_run(make_speech):
             scorer.collect()
 
 
+def _goes_on(process):
+    """A process that has ended may wait in the table for good: the first one of a container need not look after it."""
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:  # gone since, or no Linux
+        return not os.path.isdir("/proc/self")
+
+
 def test_killed_run_leaves_no_processes():
     script = (
         "import multiprocessing, os, signal, numpy\n"
@@ -206,9 +221,7 @@ def test_killed_run_leaves_no_processes():
     assert len(processes) == 2
     for process in processes:
         for _ in range(600):
-            try:
-                os.kill(process, 0)
-            except ProcessLookupError:
+            if not _goes_on(process):
                 break
             time.sleep(0.1)
         else:

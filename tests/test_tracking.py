@@ -13,8 +13,8 @@ def test_events_of_a_resumed_run_take_the_place_of_those_it_repeats_also_within_
         killed.log_stats({"epoch": epoch, "lr": 1.0})
     killed.writer.close()
     (file,) = tmp_path.iterdir()
-    second, host, _, number = file.name.removeprefix("events.out.tfevents.").split(".")
-    file.rename(tmp_path / f"events.out.tfevents.{second}.{host}.99999999.{number}")
+    second_and_host, _, number = file.name.rsplit(".", 2)
+    file.rename(tmp_path / f"{second_and_host}.99999999.{number}")
 
     resumed = TensorboardLogger(str(tmp_path), first_epoch=2)
     for epoch in (2, 3):

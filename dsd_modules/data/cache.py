@@ -7,7 +7,7 @@ import struct
 _RECORD = struct.Struct("16sq")  # a key and its number of bytes, before the bytes themselves
 _NUM_USED = struct.Struct("q")  # at the very start: where the next record goes
 _ALIGNMENT = 64
-_PATIENCE_SECONDS = 2.0  # a record is written in a millisecond
+_PATIENCE_SECONDS = 30.0  # a record is written in a millisecond, but a machine can stand still
 
 
 def _align(offset):
