@@ -1,19 +1,20 @@
 """Who speaks at the same time? How well voices that were separated are identified, of speakers with profiles.
 
-    python experiment.py results/demo       # recipes/VoxCeleb/SpeakerAlignment: the speaker models and alignments
-    python benchmarks/bench_mixtures.py RUN/exported results/demo
+    python benchmarks/bench_mixtures.py SEPARATOR EXPERIMENT
 
-RUN/exported is a separator. Each test speaker of the experiment has a profile of the first three utterances; the
-others are mixed, as many speakers at a time as the separator knows, at 0 dB (each 0 to 5 dB apart), from their
-starts to the end of the shortest. Heard are
+SEPARATOR is the exported folder of a run, EXPERIMENT a folder that experiment.py of recipes/VoxCeleb/SpeakerAlignment
+has filled, with the speaker models and alignments. Each test speaker of it has a profile of the first three utterances;
+the others are mixed, as many speakers at a time as the separator knows, each at -2.5 to 2.5 dB, from their starts to
+the end of the shortest. Heard are
 
 - each voice alone, cut as in the mixture: the best that can be expected;
-- the mixture itself, for each voice: what separating nothing gives;
-- each voice with the others left in it 10 and 20 dB below: what separators of such a quality would give;
+- the mixture itself, for each voice: what separating nothing gives, at best 1 of N right;
+- each voice with the others left in, attenuated by 10 and 20 dB: what separators give that leave so much, and make no
+  artefacts;
 - the voices after the first block of the separator and after all; each is its speaker's under the best assignment.
 
-*identified* is the share of voices whose own profile is the closest of all, with a 95 % interval of a bootstrap over
-mixtures, *EER* that of all pairs of a voice and a profile; both are means over the experiment's seeds.
+*identified* is the share of voices whose own profile is the closest of all, with a 95 % interval over speakers, *EER*
+that of all pairs of a voice and a profile; both are means over the experiment's seeds.
 """
 
 import argparse
@@ -32,15 +33,15 @@ from nessa_modules.corpora import read_corpus, read_utterance
 from nessa_modules.experiment import alignment_folder, load_encoder
 from nessa_modules.plan import NEW, OLD, System
 from nessa_modules.trials import eer
+from shared_modules.statistics import speaker_bootstrap
 
 NUM_ENROLL = 3
 SYSTEMS = (OLD, NEW, System("v1", "v2", "nessa"), System("v2", "v1", "nessa"))
 LEFT_IN_DB = (-10, -20)
-NUM_DRAWS = 1000
 
 
 def draw_mixtures(speakers, num_mixtures, num_spks, rng):
-    """Sources of mixtures: a list of tuples of (speaker, utterance), all of them equally often."""
+    """Sources of mixtures: tuples of (speaker, utterance). Each speaker's utterances take turns."""
     waiting = {speaker: [] for speaker in speakers}
     mixtures = []
     for _ in range(num_mixtures):
@@ -74,11 +75,10 @@ def hear(separator, sources):
     return heard, float(before - result.loss)
 
 
-def identified(own, scores, rng):
-    """Share of voices [M, N] whose profiles, own [M, N], score best of all [M, N, P], with an interval, of seeds."""
+def identified(own, scores):
+    """Share of voices whose profiles, own [M, N], score best of all, [M, N, P] of each seed; with an interval."""
     shares = np.mean([each.argmax(-1) == own for each in scores], axis=(0, 2))  # (M,)
-    draws = shares[rng.integers(len(shares), size=(NUM_DRAWS, len(shares)))].mean(1)
-    return shares.mean(), *np.quantile(draws, (0.025, 0.975))
+    return speaker_bootstrap(shares, own.astype(str))
 
 
 def mean_eer(own, scores):
@@ -99,7 +99,7 @@ def main(arguments=None):
     by_speaker = defaultdict(list)
     for utterance in read_corpus(arguments.experiment / "data" / "test.csv", progressbar=False):
         by_speaker[utterance.speaker].append(utterance)
-    names = sorted(by_speaker)
+    names = sorted(name for name, utterances in by_speaker.items() if len(utterances) > NUM_ENROLL)
     enrolled = [utterance for name in names for utterance in by_speaker[name][:NUM_ENROLL]]
     others = {name: by_speaker[name][NUM_ENROLL:] for name in names}
     seeds = sorted(int(folder.name.split("_")[1]) for folder in (arguments.experiment / "alignments").iterdir())
@@ -108,6 +108,9 @@ def main(arguments=None):
         for version in ("v1", "v2")
         for seed in seeds
     }
+    rates = {separator.sample_rate, *(encoder.sample_rate for encoder in encoders.values())}
+    if len(rates) > 1:
+        raise SystemExit(f"The separator and the speaker models can only have one sample rate, but got {rates} Hz.")
     profiles = {
         key: normalize(encoder.encode_utterances(enrolled, progressbar=False), dim=-1)
         .reshape(len(names), NUM_ENROLL, -1)
@@ -142,9 +145,9 @@ def main(arguments=None):
                 voices = torch.stack(embeddings[kind, (system.runtime, seed)])  # (M, N, D)
                 voices = normalize(alignment.runtime(voices).double(), dim=-1)
                 scores.append((voices @ known.T).detach().numpy())
-            share, low, high = (100 * value for value in identified(own, scores, rng))
-            rate = 100 * mean_eer(own, scores)
-            print(f"| {system.pair} {system.alignment} | {kind} | {share:.0f} [{low:.0f}, {high:.0f}] | {rate:.1f} |")
+            share, rate = identified(own, scores), 100 * mean_eer(own, scores)
+            cells = f"{100 * share.mean:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}] | {rate:.1f}"
+            print(f"| {system.pair} {system.alignment} | {kind} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import math
+import threading
 from functools import partial
 
 import torch
@@ -449,15 +450,19 @@ def _lacks_bf16(x):
     return dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+_ONEDNN_SWITCH = threading.RLock()  # one for the process
+
+
 @contextlib.contextmanager
 def _without_onednn():
     """As ``torch.backends.mkldnn.flags(enabled=False)``, which warns of settings that it leaves as they are."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+    with _ONEDNN_SWITCH:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(before)
 
 
 def _recurrent(rnn, x, mask=None):

@@ -30,6 +30,7 @@ EXAMPLES = {
 }
 _KEPT_SECONDS = 24 * 3600  # files of a page that stays open
 _CALLS_AT_ONCE = 2  # so that a short recording need not wait for a long one
+_WAITING_AT_ONCE = 20  # of gradio's 40 threads, which its other events need, too
 
 
 def describe(separator, separated):
@@ -169,7 +170,7 @@ def build_page(separator, model_name):
             yield {message: '<p role="alert">There is no recording yet: drop one, record one, or take an example.</p>'}
             return
         changed_ms, is_stopped = stops.get(request.session_hash, (0, None))
-        if changed_ms < asked_ms:  # else told of this late, and it is stopped already
+        if changed_ms <= asked_ms:  # else told of this late, and it is stopped already
             is_stopped = threading.Event()
             stops[request.session_hash] = asked_ms, is_stopped
 
@@ -309,7 +310,7 @@ def build_page(separator, model_name):
             [message, results, start_button, stop_button, *pictures, *players, *downloads],
             js=_WIDTH_AND_NOW,
             show_progress_on=message,
-            concurrency_limit=None,
+            concurrency_limit=_WAITING_AT_ONCE,
         )
         stop_button.click(stop, queue=False)
         page.unload(stop)

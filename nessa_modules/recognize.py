@@ -345,8 +345,8 @@ def _load_separator(arguments):
         model = find_model(arguments.separator)
     except RunError:  # whose sentence names another option
         raise RunError(
-            "There is no separator here yet: train a small one with `make demo`, or give one with --separator, a "
-            "folder or a name on the Hugging Face hub such as speechbrain/sepformer-libri2mix."
+            "There is no separator here yet: give one with --separator, the folder of an exported model or a name on "
+            "the Hugging Face hub such as speechbrain/sepformer-libri2mix."
         ) from None
     if arguments.separator is None:
         print(f"separator: {printable(model)}", file=sys.stderr)

@@ -26,8 +26,8 @@ def write_line(text, file=None):
     Arguments
     ---------
     text : str
-    file : io.TextIOBase
-        By default standard output.
+    file : io.TextIOBase, optional
+        None: standard output.
 
     Example
     -------

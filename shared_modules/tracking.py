@@ -141,7 +141,8 @@ def event_writer(save_dir, first_step):
     """TensorBoard's writer, whose events from a step on take the place of those that earlier processes wrote.
 
     Event files are read in the order of their names: the second of their start, then the process. A second that
-    another file has already is waited for to end, so that no later process comes to stand before an earlier one.
+    another file has already is waited for to end, so that a later process does not come to stand before an earlier one
+    (as long as the clock does not go back).
 
     Arguments
     ---------
@@ -157,7 +158,7 @@ def event_writer(save_dir, first_step):
     from torch.utils.tensorboard import SummaryWriter
 
     seconds = [path.name.split(".")[3] for path in Path(save_dir).glob("events.out.tfevents.*")]
-    while str(int(time.time())) in seconds:
+    while f"{int(time.time()):010d}" in seconds:
         time.sleep(0.05)
     return SummaryWriter(save_dir, purge_step=first_step)
 

@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,11 +79,15 @@ def kill_after(action, seconds):
     """Let a process do something, and kill it after a time."""
     child = os.fork()
     if not child:
-        action()
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
 
 
 def kill_and_look(path, number, begin, act, look):

@@ -1,3 +1,4 @@
+import itertools
 import time
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -5,9 +6,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared_modules.tracking import TensorboardLogger
 
 
-def test_events_of_a_resumed_run_take_the_place_of_those_it_repeats_also_within_a_second(tmp_path):
+def test_events_of_a_resumed_run_take_the_place_of_those_it_repeats_also_within_a_second(tmp_path, monkeypatch):
     """A later process may have a smaller number, by which files of the same second are ordered."""
-    time.sleep(1 - time.time() % 1)  # so that both begin in one second, but for the wait
+    clock = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1000 + next(clock) / 100)  # both begin in one second, but for the wait
     killed = TensorboardLogger(str(tmp_path))
     for epoch in (1, 2):
         killed.log_stats({"epoch": epoch, "lr": 1.0})

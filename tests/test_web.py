@@ -459,9 +459,10 @@ def test_voices_of_a_recording_that_was_replaced_are_not_left(tmp_path):
     page = web.build_page(separator, "model")
     calls = {function.name: function.fn for function in page.fns.values()}
     path = str(web.EXAMPLES["Two speakers"])
-    for num_before, changed_ms, is_stopped in ((0, 15, True), (1, 15, True), (2, 15, True), (1, 5, False)):
-        visitor = SimpleNamespace(session_hash=f"{num_before} {changed_ms}")
-        messages = calls["separate"](path, 2, False, 30, 800, 10, visitor, progress=lambda *_, **__: None)
+    orders = ((10, 0, 15, True), (10, 1, 15, True), (10, 2, 15, True), (10, 1, 5, False), (0, 1, -1, False))
+    for asked_ms, num_before, changed_ms, is_stopped in orders:
+        visitor = SimpleNamespace(session_hash=f"{asked_ms} {num_before} {changed_ms}")
+        messages = calls["separate"](path, 2, False, 30, 800, asked_ms, visitor, progress=lambda *_, **__: None)
         given = [next(messages) for _ in range(num_before)]
         calls["clear"](changed_ms, visitor)
         given += messages
