@@ -137,10 +137,10 @@ def main(arguments=None):
     )
     print("| profiles, utterances | heard | identified, % | EER, % |\n|---|---|---|---|")
     for system in SYSTEMS:
+        alignments = {seed: load_alignment(alignment_folder(arguments.experiment, seed, system)) for seed in seeds}
         for kind in heard:
             scores = []
-            for seed in seeds:
-                alignment = load_alignment(alignment_folder(arguments.experiment, seed, system))
+            for seed, alignment in alignments.items():
                 known = normalize(alignment.enroll(profiles[system.enroll, seed]).double(), dim=-1)  # (P, D)
                 voices = torch.stack(embeddings[kind, (system.runtime, seed)])  # (M, N, D)
                 voices = normalize(alignment.runtime(voices).double(), dim=-1)

@@ -75,16 +75,22 @@ def raw_bytes(path):
     return b"".join(file.read_bytes() for file in sorted(path.parent.glob(path.name + "*")))
 
 
-def kill_after(action, seconds):
-    """Let a process do something, and kill it after a time."""
+def fork(act):
+    """A fork of this process that does something and ends: its number. It ends with 1 where it fails."""
     child = os.fork()
     if not child:
         try:
-            action()
+            act()
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
+    return child
+
+
+def kill_after(act, seconds):
+    """Let a process do something, and kill it after a time."""
+    child = fork(act)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)

@@ -11,12 +11,11 @@ import stat
 import subprocess
 import sys
 import threading
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
-from profiles_run import CALIBRATION, RATE, Aligned, Encoder, raw_bytes, speaker
+from profiles_run import CALIBRATION, RATE, Aligned, Encoder, fork, raw_bytes, speaker
 
 from nessa_modules import profile_file
 from nessa_modules.alignment import ALIGNMENTS, load_alignment, make_alignment
@@ -61,15 +60,7 @@ def run(*arguments, **environment):
 
 def in_a_child(act):
     """The exit status of a fork of this process, whatever becomes of it: 0, or 256 where it fails."""
-    child = os.fork()
-    if not child:
-        try:
-            act()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+    return os.waitpid(fork(act), 0)[1]
 
 
 # Scores and thresholds
